@@ -1,0 +1,150 @@
+"""Folder: one sub-folder of images per class, with or without folders for the splits.
+
+``PATH/CLASS/...`` or ``PATH/{train,val,calibration,test}/CLASS/...``; what is missing is carved from train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from bayesnet.data.dataset import SPLITS, DataConfig, DataSource, ImageData
+from bayesnet.data.examples import FileExamples
+from bayesnet.data.images import image_size
+from bayesnet.data.preprocessing import Preprocessing, channel_statistics
+from bayesnet.data.scan import Scan, SourceFile, scan_folder
+from bayesnet.data.splits import check_every_class, stratified_split
+from bayesnet.errors import ConfigError
+
+SIZE_SAMPLE = 200
+MIN_SIDE, MAX_SIDE, SIDE_STEP = 8, 224, 8
+
+Labelled = tuple[SourceFile, int]
+"""A file and its label."""
+
+
+def load_folder(config: DataConfig, argument: str, preprocessing: Preprocessing | None) -> ImageData:
+    """Return the images of a folder in four splits.
+
+    Args:
+        config: The section ``data``.
+        argument: The folder; ``~`` is expanded.
+        preprocessing: That of a run, or None to choose the size and measure the statistics on the training split.
+
+    Raises:
+        ConfigError: The home folder of a user is unknown.
+        DataError: The folder cannot be used; see `scan_folder`. Or an image of the training split cannot be read.
+    """
+    try:
+        root = Path(argument).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError("cannot find the home folder", where=argument) from error
+    scan = scan_folder(root)
+    files, carve_notes = _four_splits(scan, config, root)
+    notes = [*scan.notes, *carve_notes]
+    if preprocessing is None:
+        preprocessing, size_note = _blank(config, files["train"])
+        notes.append(size_note)
+        blank = True
+    else:
+        blank = False
+    examples: dict[str, FileExamples] = {}
+    left = config.cache_megabytes * 10**6
+    for split in SPLITS:
+        paths = [file.path for file, _ in files[split]]
+        labels_N = torch.tensor([label for _, label in files[split]], dtype=torch.int64)
+        examples[split] = FileExamples(paths, labels_N, preprocessing, left)
+        left -= examples[split].pixel_bytes if examples[split].cached else 0
+    if blank:  # reading needs no statistics, so the examples that measure them keep what they decode
+        mean, std = channel_statistics(examples["train"])
+        preprocessing = dataclasses.replace(preprocessing, mean=mean, std=std)
+    return ImageData(
+        name="folder",
+        spec=f"folder:{root}",
+        classes=scan.classes,
+        preprocessing=preprocessing,
+        train=examples["train"],
+        validation=examples["validation"],
+        calibration=examples["calibration"],
+        test=examples["test"],
+        notes=tuple(notes),
+        fingerprint=_fingerprint(files, scan.classes, root),
+    )
+
+
+def _four_splits(scan: Scan, config: DataConfig, root: Path) -> tuple[dict[str, list[Labelled]], list[str]]:
+    """Return the labelled files of all four splits, those without a folder carved from train; and what was done."""
+    label_of = {name: label for label, name in enumerate(scan.classes)}
+    found: dict[str, list[Labelled]] = {
+        split: [
+            (file, label_of[name]) for name in sorted(by_class, key=label_of.__getitem__) for file in by_class[name]
+        ]
+        for split, by_class in scan.files.items()
+    }
+    notes = [_absent(split, by_class, scan.classes) for split, by_class in scan.files.items()]
+    shares = dict(zip(SPLITS, config.fractions, strict=True))
+    carved = [split for split in SPLITS if split == "train" or split not in found]
+    if len(carved) > 1:
+        whole = found["train"]
+        labels_N = torch.tensor([label for _, label in whole], dtype=torch.int64)
+        parts = stratified_split(labels_N, [shares[split] for split in carved], seed=config.seed)
+        check_every_class(parts, labels_N, scan.classes, "data.fractions")
+        found |= {split: [whole[index] for index in part.tolist()] for split, part in zip(carved, parts, strict=True)}
+        counts = ", ".join(f"{len(found[split])} {split}" for split in carved)
+        notes.append(
+            f"There is no folder for {' and '.join(carved[1:])}: carved from the training images by class "
+            f"and seed {config.seed} ({counts})."
+        )
+    return found, [note for note in notes if note]
+
+
+def _absent(split: str, by_class: Mapping[str, Sequence[SourceFile]], classes: Sequence[str]) -> str:
+    """Return a sentence on the classes that a split folder lacks, or nothing."""
+    absent = [name for name in classes if name not in by_class]
+    return f"The {split} folder has no image of {', '.join(absent)}." if absent else ""
+
+
+def _blank(config: DataConfig, train: Sequence[Labelled]) -> tuple[Preprocessing, str]:
+    """Return the preprocessing without statistics, and a sentence on its size."""
+    channels = config.channels or 3
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    if config.image_size:
+        height = width = config.image_size
+        note = f"Images are scaled to {height} x {width} pixels (data.image_size)."
+    else:
+        height, width, note = _automatic_size(train, config.max_pixels)
+    return Preprocessing(channels, height, width, mean, std, config.max_pixels), note
+
+
+def _automatic_size(train: Sequence[Labelled], max_pixels: int) -> tuple[int, int, str]:
+    """Return height, width and a sentence: the common size, else the median short side, rounded down."""
+    num = min(SIZE_SAMPLE, len(train))
+    sample = [train[index * len(train) // num][0].path for index in range(num)]
+    sizes = [image_size(path, max_pixels=max_pixels) for path in sample]
+    height, width = sizes[0]
+    if len(set(sizes)) == 1 and min(sizes[0]) >= MIN_SIDE and max(sizes[0]) <= MAX_SIDE:
+        return height, width, f"Images are {height} x {width} pixels and are used as they are."
+    median = int(statistics.median(min(size) for size in sizes))
+    side = max(MIN_SIDE, min(MAX_SIDE, median)) // SIDE_STEP * SIDE_STEP
+    reason = f"the median short side of {num} training images is {median}"
+    return side, side, f"Images are scaled to {side} x {side} pixels: {reason}; data.image_size sets another size."
+
+
+def _fingerprint(files: Mapping[str, Sequence[Labelled]], classes: Sequence[str], root: Path) -> str:
+    """Return the SHA-256 over split, class, relative path and size of every file."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for file, label in files[split]:
+            relative = os.fsencode(file.path.relative_to(root).as_posix())
+            fields = [split.encode(), os.fsencode(classes[label]), relative, str(file.size).encode()]
+            digest.update(b"\0".join(fields) + b"\n\0")
+    return digest.hexdigest()
+
+
+FOLDER = DataSource(load_folder, takes_path=True, description="folder:PATH, one sub-folder of images per class")

@@ -1,0 +1,265 @@
+"""Image files: finding them, reading their headers, decoding them to uint8 tensors. Every failure is a DataError.
+
+A file from a stranger meets six decoders, never the forty that Pillow has; its size is checked from the header, and
+what its pixels mean (orientation, transparency, 16 bits) is settled here once, for training and prediction alike.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+from torch import Tensor
+
+from bayesnet.data.preprocessing import Preprocessing
+from bayesnet.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+# Pillow's own Image.open warns of large images through the process-wide warnings module, which threads cannot silence
+# safely. These classes are what it would pick, and the limit of `_check_pixels` is stricter.
+_DECODERS: tuple[tuple[tuple[bytes, ...], Callable[[IO[bytes], str], ImageFile]], ...] = (
+    ((b"\xff\xd8\xff",), JpegImageFile),
+    ((b"\x89PNG\r\n\x1a\n",), PngImageFile),
+    ((b"GIF87a", b"GIF89a"), GifImageFile),
+    ((b"BM",), BmpImageFile),
+    ((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImageFile),
+)
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
+_SIDEWAYS = (5, 6, 7, 8)
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a file name ends like an image and is not hidden.
+
+    Example:
+        >>> is_image_name("a.JPG"), is_image_name(".a.jpg"), is_image_name("notes.txt")
+        (True, False, False)
+    """
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - a name
+
+
+def read_image(path: Path | str, preprocessing: Preprocessing) -> Tensor:
+    """Return one image as uint8 pixels of shape (C, H, W).
+
+    It is turned upright (EXIF), laid on white where it is transparent, scaled so that it just covers H x W (bilinear,
+    antialiased) and cropped in the centre; where it has that size already, its pixels are untouched. 16-bit pixels
+    keep their upper 8 bits. Of an animation, the first frame is read.
+
+    Args:
+        path: A regular file: JPEG, PNG, WebP, GIF, BMP or TIFF, whatever its suffix.
+        preprocessing: Channels, size and pixel limit; the statistics are not used here.
+
+    Raises:
+        DataError: It is no such file, is damaged or too large, or its pixels have no defined range.
+    """
+    with _opened(Path(path), preprocessing.max_pixels) as image:
+        # A large photograph is decoded at 1/2, 1/4 or 1/8 while that leaves twice the size needed.
+        side = 2 * max(preprocessing.height, preprocessing.width)
+        image.draft(None, (side, side))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_tensor(_on_white(_fitted(_eight_bits(image), preprocessing)), preprocessing.channels)
+
+
+def image_size(path: Path | str, *, max_pixels: int) -> tuple[int, int]:
+    """Return (height, width) of an upright image, pixels, from its header alone.
+
+    Raises:
+        DataError: The header cannot be read, or the image has more than ``max_pixels`` pixels.
+    """
+    with _opened(Path(path), max_pixels) as image:
+        width, height = image.size
+        # Pillow turns the size of a TIFF itself; a PNG whose EXIF comes after its pixels is not looked into.
+        turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+        return (width, height) if turned else (height, width)
+
+
+def image_paths(paths: Iterable[Path | str]) -> list[Path]:
+    """Return the image files named, and those below the folders named, in the order given, folders sorted by name.
+
+    Hidden files, files with another suffix and folders seen before are left out (so a loop of links ends). A file
+    that is named is taken whatever its suffix.
+
+    Raises:
+        DataError: A path does not exist or cannot be read, or a folder has no image.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not stat.S_ISDIR(stat_file(path).st_mode):
+            found.append(path)
+            continue
+        below = list(_below(path, set()))
+        if not below:
+            suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+            raise DataError("folder has no image", where=path, hint=f"images are files that end in {suffixes}")
+        found += below
+    return found
+
+
+def write_png(path: Path | str, image_CHW: Tensor) -> None:
+    """Write a PNG file.
+
+    Args:
+        path: The file to write.
+        image_CHW: uint8 pixels with 1 or 3 channels.
+    """
+    assert image_CHW.dtype == torch.uint8, image_CHW.dtype
+    assert image_CHW.shape[0] in (1, 3), image_CHW.shape
+    array = image_CHW.detach().cpu().permute(1, 2, 0).contiguous().numpy()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(path, format="PNG")
+
+
+def stat_file(path: Path) -> os.stat_result:
+    """Return the status of a path, following links.
+
+    Raises:
+        DataError: It does not exist or cannot be reached.
+    """
+    try:
+        return path.stat()
+    except FileNotFoundError as error:
+        what = "link leads nowhere" if path.is_symlink() else "file or folder does not exist"
+        raise DataError(what, where=path) from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise DataError("cannot read", where=path, hint=_reason(error)) from error
+
+
+def list_folder(path: Path) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder by name, without hidden ones.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        with os.scandir(path) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError("cannot read the folder", where=path, hint=_reason(error)) from error
+
+
+def _below(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
+    """Yield the images below a folder, depth first by name, each folder once."""
+    status = stat_file(folder)
+    if (status.st_dev, status.st_ino) in visited:
+        return
+    visited.add((status.st_dev, status.st_ino))
+    for entry in list_folder(folder):
+        path = folder / entry.name
+        if path.is_dir():
+            yield from _below(path, visited)
+        elif is_image_name(entry.name):
+            yield path
+
+
+@contextmanager
+def _opened(path: Path, max_pixels: int) -> Iterator[ImageFile]:
+    """Open an image by its header; whatever goes wrong then or in the ``with`` block becomes one DataError."""
+    # A pipe or device is refused before it is opened: opening it could block for ever.
+    if not stat.S_ISREG(stat_file(path).st_mode):
+        raise DataError("not a regular file", where=path)
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(16)
+            file.seek(0)
+            image = _decoder(prefix)(file, "")
+            _check_pixels(image, max_pixels)
+            yield image
+    except Exception as error:  # decoders raise far more than OSError: SyntaxError, struct.error, MemoryError, ...
+        raise DataError("cannot read the image", where=path, hint=_reason(error)) from error
+
+
+def _decoder(prefix: bytes) -> Callable[[IO[bytes], str], ImageFile]:
+    """Return the decoder for a file that begins with these 16 bytes."""
+    for signatures, decoder in _DECODERS:
+        if prefix.startswith(signatures):
+            return decoder
+    if prefix[:4] == b"RIFF" and prefix[8:12] == b"WEBP":
+        return WebPImageFile
+    raise ValueError("the file is empty" if not prefix else "not a JPEG, PNG, WebP, GIF, BMP or TIFF file")
+
+
+def _check_pixels(image: ImageFile, max_pixels: int) -> None:
+    """Raise ValueError if the header announces no pixels, or more than are allowed."""
+    width, height = image.size
+    if min(width, height) < 1:
+        raise ValueError("the image has no pixels")
+    pixels = width * height
+    if isinstance(image, TiffImageFile):  # a tile is decoded whole, however small the image that it is cut to
+        tile = [image.tag_v2.get(_TILE_WIDTH, 0), image.tag_v2.get(_TILE_LENGTH, 0)]
+        if not all(isinstance(side, int) for side in tile):
+            raise ValueError("the size of its tiles is damaged")
+        pixels = max(pixels, math.prod(tile))
+    if pixels > max_pixels:
+        raise ValueError(f"it has {pixels} pixels; if you trust it, raise data.max_pixels above {max_pixels}")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return the image as L, RGB or RGBA, 8 bits per channel.
+
+    Raises:
+        ValueError: Its pixels have no defined range.
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range; convert the file to 8 or 16 bits per channel")
+    if image.mode.startswith("I"):
+        return _from_16_bits(image)
+    if image.has_transparency_data:
+        return image.convert("RGBA")
+    target = "L" if image.mode in ("L", "1") else "RGB"
+    return image if image.mode == target else image.convert(target)
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Return an image of mode I;16 or I as mode L, scaled by 65535; one of mode I that needs only 8 bits is kept."""
+    values_HW = np.asarray(image).astype(np.int32)
+    low, high = int(values_HW.min()), int(values_HW.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"integer pixels from {low} to {high} are not 8 or 16 bits; convert the file")
+    scaled_HW = values_HW if image.mode == "I" and high <= 255 else (values_HW + 128) // 257
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # a 16-bit grey PNG can name one value that is transparent
+        scaled_HW = np.where(values_HW == transparent, 255, scaled_HW)
+    return Image.fromarray(scaled_HW.astype(np.uint8))
+
+
+def _fitted(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """Return the image scaled to cover (width, height), centre-cropped; untouched where it has that size."""
+    size = (preprocessing.width, preprocessing.height)
+    # `fit` crops before it scales, so an image of 1 x 50,000,000 pixels does not grow.
+    return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return the image without transparency, laid on white."""
+    if image.mode != "RGBA":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _to_tensor(image: Image.Image, channels: int) -> Tensor:
+    """Return uint8 pixels (C, H, W), contiguous, that own their memory."""
+    mode = "L" if channels == 1 else "RGB"
+    array = np.asarray(image if image.mode == mode else image.convert(mode))
+    return torch.from_numpy((array[None] if channels == 1 else array.transpose(2, 0, 1)).copy(order="C"))
+
+
+def _reason(error: Exception) -> str:
+    """Return why, on one line, without the path that the message names anyway."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

@@ -1,0 +1,138 @@
+"""Preprocessing: the input size and pixel statistics of a model, stored with every run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bayesnet.config import build_section, require, to_mapping
+from bayesnet.errors import ConfigError
+from bayesnet.types import JsonObject
+
+if TYPE_CHECKING:
+    from bayesnet.data.examples import Examples
+
+MAX_SIDE = 4096
+MIN_STD = 1e-3
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image file becomes the input of a model.
+
+    Args:
+        channels: 1 (grey) or 3 (RGB).
+        height: Rows, pixels.
+        width: Columns, pixels.
+        mean: Mean of each channel over the training images, on the scale 0..1.
+        std: Standard deviation of each channel, on the scale 0..1.
+        max_pixels: Largest image that is decoded, pixels; larger ones are refused from their header.
+
+    Raises:
+        ConfigError: A value is out of range.
+
+    Example:
+        >>> grey = Preprocessing(1, 2, 2, mean=(0.5,), std=(0.5,))
+        >>> grey.normalize(torch.tensor([[[[0, 255], [255, 0]]]], dtype=torch.uint8)).tolist()
+        [[[[-1.0, 1.0], [1.0, -1.0]]]]
+        >>> Preprocessing.from_json(grey.to_json()) == grey
+        True
+    """
+
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    max_pixels: int = 50_000_000
+
+    def __post_init__(self) -> None:
+        require(self.channels in (1, 3), "channels must be 1 or 3", where="preprocessing.channels")
+        for key, side in (("height", self.height), ("width", self.width)):
+            require(1 <= side <= MAX_SIDE, f"must be between 1 and {MAX_SIDE}", where=f"preprocessing.{key}")
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            right = len(values) == self.channels and all(math.isfinite(value) for value in values)
+            require(right, f"expected {self.channels} finite numbers", where=f"preprocessing.{key}")
+        require(min(self.std) > 0, "must be above 0", where="preprocessing.std")
+        require(self.max_pixels >= 1, "must be at least 1", where="preprocessing.max_pixels")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one image, (channels, height, width)."""
+        return self.channels, self.height, self.width
+
+    def normalize(self, x_BCHW: Tensor) -> Tensor:
+        """Return ``(x / 255 - mean) / std`` as float32, without waiting for the device.
+
+        Args:
+            x_BCHW: uint8 pixels, on any device.
+        """
+        mean_C11, std_C11 = _constant(self.mean, x_BCHW.device), _constant(self.std, x_BCHW.device)
+        return (x_BCHW.to(torch.float32) / 255 - mean_C11) / std_C11
+
+    def to_json(self) -> JsonObject:
+        """Return the values as plain JSON."""
+        return to_mapping(self)
+
+    @classmethod
+    def from_json(cls, mapping: object) -> Preprocessing:
+        """Return the preprocessing that `to_json` wrote, checked key by key.
+
+        Raises:
+            ConfigError: A key is unknown or missing, or a value has the wrong type or range.
+        """
+        if isinstance(mapping, dict):
+            for field in dataclasses.fields(cls):
+                require(
+                    field.name in mapping or field.default is not dataclasses.MISSING,
+                    "key is missing",
+                    where=f"preprocessing.{field.name}",
+                )
+        try:
+            return build_section(cls, mapping, section="preprocessing")
+        except OverflowError as error:  # an integer of JSON can be beyond every float
+            raise ConfigError("number is too large", where="preprocessing") from error
+
+
+def channel_statistics(examples: Examples, sample: int = 2000) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and standard deviation of each channel, on the scale 0..1.
+
+    The images are evenly spaced in the data set and the sums are integers, so the result is the same on every machine.
+
+    Args:
+        examples: The training images.
+        sample: How many images to read at most.
+
+    Returns:
+        Means and standard deviations, one per channel; a deviation is at least 0.001, so that a constant channel
+        cannot divide by zero.
+
+    Raises:
+        DataError: An image cannot be read.
+    """
+    num = min(sample, len(examples))
+    indices_N = torch.arange(num) * len(examples) // max(num, 1)
+    counts: list[Tensor] = []
+    for chunk_B in indices_N.split(_CHUNK):
+        x_CP = examples.read(chunk_B).transpose(0, 1).flatten(1)
+        counts.append(torch.stack([torch.bincount(pixels_P, minlength=256) for pixels_P in x_CP]))
+    histogram_CV = torch.stack(counts).sum(0)
+    value_V = torch.arange(256)
+    total_C = histogram_CV.sum(1).double()
+    mean_C = (histogram_CV * value_V).sum(1).double() / total_C
+    variance_C = (histogram_CV * value_V**2).sum(1).double() / total_C - mean_C**2
+    std_C = (variance_C.clamp_min(0).sqrt() / 255).clamp_min(MIN_STD)
+    return tuple((mean_C / 255).tolist()), tuple(std_C.tolist())
+
+
+def _constant(values: Sequence[float], device: torch.device) -> Tensor:
+    """Return float32 values of shape (C, 1, 1), filled on the device: a copy from the host would make the host wait."""
+    filled = [torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values]
+    return torch.stack(filled)

@@ -1,0 +1,177 @@
+"""The two contracts: a Posterior over classifiers, and the Family that builds one from a name and a configuration.
+
+Every family keeps these equalities, which bayesnet/testing.py checks: same seed, same logits; build + load_state_dict
+gives bit-equal logits; parameter names never change; nothing shares storage; Pyro's global store stays empty; the loss
+of a batch does not depend on its order or on duplicated rows; the losses of all batches, weighted by size, add up to N
+times the full-data loss; draws have the shapes below at every B from 1 up.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bayesnet.backbones import num_features
+from bayesnet.inference.draw_table import TABLE_SIZE, normal_table, table_prefix
+from bayesnet.model import BayesianClassifier, linear_logits
+from bayesnet.types import LogitGaussian, Loss
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Pairs of normalised images (B, C, H, W) and labels (B,)."""
+
+
+class Parts(NamedTuple):
+    """What a family builds a posterior from.
+
+    Attributes:
+        backbone: Images (B, C, H, W) to features (B, D), with ``num_features``.
+        num_classes: K.
+        num_examples: N, the size of the training set.
+        table_seed: Seed of the fixed table of draws that predictions use.
+    """
+
+    backbone: nn.Module
+    num_classes: int
+    num_examples: int
+    table_seed: int = 0
+
+    @property
+    def num_features(self) -> int:
+        """D, the number of features of the backbone."""
+        return num_features(self.backbone)
+
+
+class Posterior(nn.Module, ABC):
+    """A distribution over classifiers that can be trained, sampled and saved."""
+
+    max_draws: int | None = None
+    """How many draws there are, for a finite posterior; None where any number can be had."""
+
+    @abstractmethod
+    def loss(self, x_BCHW: Tensor, y_B: Tensor) -> Loss:
+        """Return the training objective on a batch of normalised images (B, C, H, W) and labels (B,)."""
+
+    @abstractmethod
+    def logits(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
+        """Return joint draws of the logits (S, B, K): each draw is one classifier applied to all images."""
+
+    @abstractmethod
+    def predict_draws(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
+        """Return draws of the logits (S, B, K), right for each image by itself and never for joint quantities."""
+
+    def members(self) -> tuple[Posterior, ...]:
+        """Return the posteriors that are trained one after the other: itself, but for ensembles."""
+        return (self,)
+
+    def variational_parameters(self) -> Sequence[nn.Parameter]:
+        """Return the parameters that the variational optimizer owns: never decayed, their prior is in the KL."""
+        return ()
+
+    def posterior_scale(self) -> Tensor | None:
+        """Return the posterior standard deviations of the weights, any shape, or None for a point estimate."""
+        return None
+
+
+class Head(Protocol):
+    """A distribution over the last layer alone."""
+
+    def logit_moments(self, features_BD: Tensor) -> LogitGaussian:
+        """Return the exact Gaussian of each image's logits."""
+
+    def sample(self, num_samples: int) -> Tensor:
+        """Return joint draws of the weight (S, K, D + 1), bias last."""
+
+
+class HeadPosterior(Posterior):
+    """A Gaussian posterior over the last layer: one backbone pass, then everything is closed form or cheap.
+
+    Args:
+        model: The generative model, backbone and head.
+        rank: R, columns of the low-rank factor in the logits' Gaussian.
+        table_seed: Seed of the fixed table of draws.
+    """
+
+    def __init__(self, model: BayesianClassifier, *, rank: int, table_seed: int) -> None:
+        super().__init__()
+        self.model = model
+        self.num_classes = model.head.num_classes
+        self.num_examples = model.head.num_examples
+        self.register_buffer("table_SE", normal_table(TABLE_SIZE, self.num_classes + rank, seed=table_seed))
+
+    @property
+    @abstractmethod
+    def head(self) -> Head:
+        """The distribution over the last layer."""
+
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        """Return the backbone's features (B, D)."""
+        features_BD: Tensor = self.model.backbone(x_BCHW)
+        return features_BD
+
+    @abstractmethod
+    def loss_from_features(self, features_BD: Tensor, y_B: Tensor) -> Loss:
+        """Return the training objective on features (B, D) and labels (B,)."""
+
+    def loss(self, x_BCHW: Tensor, y_B: Tensor) -> Loss:
+        """Return the training objective on a batch: one backbone pass, then `loss_from_features`."""
+        return self.loss_from_features(self.features(x_BCHW), y_B)
+
+    def logits(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
+        """Return joint draws of the logits (S, B, K) from one backbone pass."""
+        return linear_logits(self.features(x_BCHW), self.head.sample(num_samples))
+
+    def predict_draws(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
+        """Return marginal draws of the logits (S, B, K) from one backbone pass and the fixed table."""
+        return self.draws_from_features(self.features(x_BCHW), num_samples)
+
+    def draws_from_features(self, features_BD: Tensor, num_samples: int) -> Tensor:
+        """Return ``mean + scale * e + factor @ e'`` with (e, e') the first rows of the table: (S, B, K).
+
+        Args:
+            features_BD: Features (B, D).
+            num_samples: S, a power of two, at most the table's 256 rows.
+
+        Raises:
+            ConfigError: ``num_samples`` is not such a number.
+        """
+        mean_BK, scale_BK, factor_BKR = self.head.logit_moments(features_BD)
+        table_SE = table_prefix(self.get_buffer("table_SE"), num_samples)
+        draws_SBK = torch.addcmul(mean_BK, scale_BK, table_SE[:, None, : self.num_classes])
+        if factor_BKR.shape[-1]:
+            draws_SBK = draws_SBK + torch.einsum("sr,bkr->sbk", table_SE[:, self.num_classes :], factor_BKR)
+        return draws_SBK
+
+
+class FamilyConfig(Protocol):
+    """A frozen dataclass of the family's settings, the keys of the section ``[inference]``."""
+
+    family: str
+
+
+class Family(NamedTuple):
+    """A row of the table FAMILIES.
+
+    Attributes:
+        name: Public name.
+        config: Frozen dataclass of its settings.
+        build: Parts and settings to an untrained posterior.
+        finalize: A pass after training over batches of training data (Laplace, SWAG, NUTS); writes only buffers that
+            ``build`` made.
+        description: One line for lists.
+        bayesian: Whether it has more than one draw.
+    """
+
+    name: str
+    config: type[Any]
+    build: Callable[[Parts, Any], Posterior]
+    finalize: Callable[[Posterior, Batches], None]
+    description: str
+    bayesian: bool = True
+
+
+def no_finalize(posterior: Posterior, batches: Batches) -> None:
+    """Do nothing: for families that training alone fits."""

@@ -1,0 +1,122 @@
+"""The one generative model: a CNN feature extractor under a Bayesian softmax head, as a complete Pyro program.
+
+    w ~ Normal(0, prior_scale), one matrix (K, D + 1), the bias its last column
+    y_n ~ Categorical(softmax(W f(x_n) + b)),  n = 1 ... N
+
+Weight and bias are one latent site because structured posteriors (full covariance, Kronecker) must couple them. Every
+Pyro inference (SVI with any guide, Predictive, MCMC) runs on it unmodified; our own training path computes the features
+first and runs the program of the head only, which gives the same ELBO.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from bayesnet.backbones import num_features
+from bayesnet.config import require
+
+WEIGHT = "weight"
+LABEL = "label"
+
+
+def linear_logits(features_BD: Tensor, weight_KD: Tensor) -> Tensor:
+    """Return the logits of a linear head whose bias is the last column of its weight.
+
+    Args:
+        features_BD: Features (B, D).
+        weight_KD: Weights (K, D + 1), or (S, K, D + 1), or (S, 1, K, D + 1) as Pyro's vectorised particles shape them:
+            the 1 holds the place of the data plate. Without squeezing it a matrix product would broadcast to a wrong
+            ELBO of the right shape, with no error.
+
+    Returns:
+        Logits (B, K) or (S, B, K).
+    """
+    if weight_KD.dim() > 3:
+        weight_KD = weight_KD.squeeze(-3)
+    return features_BD @ weight_KD[..., :-1].mT + weight_KD[..., -1].unsqueeze(-2)
+
+
+class BayesianHead(PyroModule):
+    """The program from features to labels: prior, plate over the data, Categorical likelihood.
+
+    Args:
+        num_features: D.
+        num_classes: K.
+        num_examples: N, the size of the training set: the likelihood of a batch is scaled by N / B.
+        prior_scale: Prior standard deviation of the weights.
+        prior_bias_scale: Prior standard deviation of the biases.
+
+    Raises:
+        ConfigError: A scale is not positive and finite.
+    """
+
+    def __init__(
+        self, num_features: int, num_classes: int, num_examples: int, prior_scale: float, prior_bias_scale: float
+    ) -> None:
+        super().__init__()
+        for key, scale in (("prior_scale", prior_scale), ("prior_bias_scale", prior_bias_scale)):
+            require(0 < scale < math.inf, "must be positive and finite", where=f"inference.{key} = {scale}")
+        self.num_features = num_features
+        self.num_classes = num_classes
+        self.num_examples = num_examples
+        scale_KD = torch.full((num_classes, num_features + 1), prior_scale)
+        scale_KD[:, -1] = prior_bias_scale
+        self.register_buffer("prior_scale", scale_KD)
+        self.register_buffer("prior_loc", torch.zeros_like(scale_KD))
+
+    def prior(self) -> dist.TorchDistribution:
+        """Return the prior over the head's weight, event shape (K, D + 1)."""
+        prior: dist.TorchDistribution = dist.Normal(self.prior_loc, self.prior_scale).to_event(2)
+        return prior
+
+    def forward(self, features_BD: Tensor, y_B: Tensor | None = None) -> Tensor:
+        """Run the program on features (B, D) and labels (B,); return the logits (B, K) of the sampled weight."""
+        weight_KD = pyro.sample(WEIGHT, self.prior())
+        logits_BK = linear_logits(features_BD, weight_KD)
+        with pyro.plate("data", self.num_examples, subsample=features_BD):
+            pyro.sample(LABEL, dist.Categorical(logits=logits_BK), obs=y_B)
+        return logits_BK
+
+
+class BayesianClassifier(PyroModule):
+    """A CNN feature extractor with a Bayesian classifier head: the whole model as one Pyro program.
+
+    Args:
+        backbone: A module from images (B, C, H, W) to features (B, D), with ``num_features`` = D.
+        num_classes: K.
+        num_examples: N, the size of the training set.
+        prior_scale: Prior standard deviation of the head's weights.
+        prior_bias_scale: Prior standard deviation of the head's biases.
+
+    Example:
+        >>> import torch
+        >>> from bayesnet.backbones import BackboneConfig, build_backbone
+        >>> backbone = build_backbone(BackboneConfig(), channels=1, height=8, width=8)
+        >>> model = BayesianClassifier(backbone, num_classes=10, num_examples=1000)
+        >>> model(torch.zeros(4, 1, 8, 8)).shape
+        torch.Size([4, 10])
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        num_examples: int,
+        *,
+        prior_scale: float = 1.0,
+        prior_bias_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = BayesianHead(num_features(backbone), num_classes, num_examples, prior_scale, prior_bias_scale)
+
+    def forward(self, x_BCHW: Tensor, y_B: Tensor | None = None) -> Tensor:
+        """Run the program on images (B, C, H, W) and labels (B,); return the logits (B, K) of the sampled weight."""
+        logits_BK: Tensor = self.head(self.backbone(x_BCHW), y_B)
+        return logits_BK

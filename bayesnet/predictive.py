@@ -1,0 +1,183 @@
+"""The posterior predictive: one backbone pass, draws of the logits, one summary per image.
+
+    p(k | x) = 1/S sum_s softmax(logits_s)_k          predictive entropy H[p],  expected entropy 1/S sum_s H[softmax_s]
+    mutual information = H[p] - expected entropy, between 0 and log K
+
+Probabilities are averaged in log space (log-mean-exp of log-softmax, float64): a probability of 1e-60 stays one. Images
+are computed in chunks padded to one size that the run records, so a prediction does not depend on its companions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bayesnet.calibration import Calibrator
+from bayesnet.calibration.identity import Identity
+from bayesnet.data import Examples, Preprocessing
+from bayesnet.engine import Engine
+from bayesnet.inference.base import Posterior
+from bayesnet.types import Summary
+
+
+def log_mean_exp(log_values: Tensor, dim: int) -> Tensor:
+    """Return log(mean(exp(log_values))) along ``dim``, without overflow or underflow.
+
+    Example:
+        >>> log_mean_exp(torch.tensor([-1000.0, -1000.0]), dim=0)
+        tensor(-1000.)
+    """
+    log_sum: Tensor = torch.logsumexp(log_values, dim)
+    return log_sum.sub(math.log(log_values.shape[dim]))
+
+
+def entropy(log_probabilities: Tensor) -> Tensor:
+    """Return -sum p log p over the last dimension, nats, with 0 log 0 = 0."""
+    terms: Tensor = torch.special.entr(log_probabilities.exp())
+    return terms.sum(-1)
+
+
+def interval_kind(num_draws: int, level: float) -> str:
+    """Return what the interval is: quantiles need at least 2 / (1 - level) draws, else it is the range of the draws.
+
+    Example:
+        >>> interval_kind(256, 0.9), interval_kind(1, 0.9)
+        ('equal-tailed, contains mean', 'range of 1 draw')
+    """
+    if num_draws < 2 / (1 - level) - 1e-9:
+        return f"range of {num_draws} draw{'s' if num_draws != 1 else ''}"
+    return "equal-tailed, contains mean"
+
+
+def summarize(log_probabilities_SBK: Tensor, level: float) -> Summary:
+    """Return mean, interval, entropies and mutual information of each image.
+
+    Args:
+        log_probabilities_SBK: Log-probabilities of each draw, after calibration; float64 for full accuracy.
+        level: Mass of the intervals, such as 0.9.
+
+    The interval is the equal-tailed one of the class probability under the posterior (quantiles by linear
+    interpolation), widened where needed to contain the mean: with skewed draws a mean often lies outside.
+    """
+    num_draws = log_probabilities_SBK.shape[0]
+    log_mean_BK = log_mean_exp(log_probabilities_SBK, 0)
+    mean_BK = log_mean_BK.exp()
+    ordered_SBK = log_probabilities_SBK.exp().sort(0).values
+    tail = 0.0 if interval_kind(num_draws, level).startswith("range") else (1 - level) / 2
+    lower_BK = _sorted_quantile(ordered_SBK, tail)
+    upper_BK = _sorted_quantile(ordered_SBK, 1 - tail)
+    entropy_B = entropy(log_mean_BK)
+    # Jensen's inequality makes the mutual information non-negative; rounding may not.
+    expected_B = torch.minimum(entropy(log_probabilities_SBK).mean(0), entropy_B)
+    return Summary(
+        probability_BK=_host(mean_BK),
+        lower_BK=_host(torch.minimum(lower_BK, mean_BK)),
+        upper_BK=_host(torch.maximum(upper_BK, mean_BK)),
+        entropy_B=_host(entropy_B),
+        expected_entropy_B=_host(expected_B),
+        mutual_information_B=_host(entropy_B - expected_B),
+        widened_BK=((mean_BK < lower_BK) | (mean_BK > upper_BK)).cpu().numpy(),
+    )
+
+
+class Predictor:
+    """A trained posterior, ready to answer for uint8 images.
+
+    Args:
+        posterior: The posterior, moved to the engine's device and set to evaluation mode.
+        preprocessing: How its training images were normalised.
+        engine: Where to run.
+        num_samples: S, draws per image (finite posteriors give at most their own).
+        chunk_size: Images per backbone pass; shorter chunks are padded to it.
+        calibrator: Map on every draw's log-probabilities.
+    """
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        preprocessing: Preprocessing,
+        *,
+        engine: Engine,
+        num_samples: int = 256,
+        chunk_size: int = 32,
+        calibrator: Calibrator | None = None,
+    ) -> None:
+        self.posterior = posterior.to(engine.device).eval()
+        self.preprocessing = preprocessing
+        self.engine = engine
+        self.num_samples = min(num_samples, posterior.max_draws or num_samples)
+        self.chunk_size = chunk_size
+        self.calibrator = calibrator or Identity()
+
+    def log_probabilities(self, x_BCHW: Tensor) -> Tensor:
+        """Return calibrated log-probabilities (S, B, K), float64, of at most ``chunk_size`` uint8 images."""
+        return self.calibrator(self.raw_log_probabilities(x_BCHW))
+
+    @torch.inference_mode()
+    def raw_log_probabilities(self, x_BCHW: Tensor) -> Tensor:
+        """Return log-probabilities (S, B, K) before calibration, float64, of at most ``chunk_size`` uint8 images."""
+        num_images = len(x_BCHW)
+        assert 0 < num_images <= self.chunk_size
+        if num_images < self.chunk_size:
+            padding = x_BCHW[-1:].expand(self.chunk_size - num_images, *x_BCHW.shape[1:])
+            x_BCHW = torch.cat([x_BCHW, padding])
+        draws_SBK = self.posterior.predict_draws(
+            self.preprocessing.normalize(self.engine.put(x_BCHW)), self.num_samples
+        )[:, :num_images]
+        if draws_SBK.device.type == "mps":  # no float64 there
+            draws_SBK = draws_SBK.cpu()
+        return draws_SBK.double().log_softmax(-1)
+
+    def summaries(self, chunks: Iterable[Tensor], level: float) -> Iterator[Summary]:
+        """Yield one Summary per chunk of uint8 images (B, C, H, W), B at most ``chunk_size``."""
+        for x_BCHW in chunks:
+            yield summarize(self.log_probabilities(x_BCHW), level)
+
+    def probabilities(self, examples: Examples) -> NDArray[np.float64]:
+        """Return the mean calibrated probabilities (N, K) of all examples, in order."""
+        return self.probabilities_under(examples, [self.calibrator])[0]
+
+    def probabilities_under(self, examples: Examples, calibrators: Sequence[Calibrator]) -> list[NDArray[np.float64]]:
+        """Return the mean probabilities (N, K) under each calibrator, from one pass over the examples."""
+        rows: list[list[NDArray[np.float64]]] = [[] for _ in calibrators]
+        for x_BCHW in self._chunks(examples):
+            raw_SBK = self.raw_log_probabilities(x_BCHW)
+            for calibrator, parts in zip(calibrators, rows, strict=True):
+                parts.append(_host(log_mean_exp(calibrator(raw_SBK), 0).exp()))
+        return [np.concatenate(parts) for parts in rows]
+
+    def raw_draws(self, examples: Examples) -> Tensor:
+        """Return the uncalibrated log-probabilities (S, N, K) of all examples, float32 on the host."""
+        return torch.cat([self.raw_log_probabilities(x).float().cpu() for x in self._chunks(examples)], 1)
+
+    def mean_nll(self, examples: Examples) -> float:
+        """Return the mean negative log-likelihood of the examples' labels under the mean probability, nats."""
+        total, start = 0.0, 0
+        for x_BCHW in self._chunks(examples):
+            log_mean_BK = log_mean_exp(self.log_probabilities(x_BCHW), 0).cpu()
+            labels_B = examples.labels_N[start : start + len(x_BCHW)]
+            total -= float(log_mean_BK.gather(1, labels_B[:, None]).sum())
+            start += len(x_BCHW)
+        return total / len(examples)
+
+    def _chunks(self, examples: Examples) -> Iterator[Tensor]:
+        for indices in torch.arange(len(examples)).split(self.chunk_size):
+            yield examples.read(indices)
+
+
+def _sorted_quantile(ordered_SBK: Tensor, probability: float) -> Tensor:
+    """Return the quantile along the sorted first dimension, linearly interpolated as NumPy does by default."""
+    position = probability * (len(ordered_SBK) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered_SBK) - 1)
+    return torch.lerp(ordered_SBK[below], ordered_SBK[above], position - below)
+
+
+def _host(values: Tensor) -> NDArray[np.float64]:
+    host: NDArray[np.float64] = values.double().cpu().numpy()
+    return host

@@ -1,0 +1,150 @@
+"""What a fit knows about itself: its settings, its progress (which every checkpoint holds) and its reports."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from bayesnet.checkpoint import step_name
+from bayesnet.config import require
+from bayesnet.errors import CheckpointError, DivergedError
+from bayesnet.types import JsonObject
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, in what batches, from which seed.
+
+    Attributes:
+        epochs: Passes over the training split.
+        batch_size: Images per step; a last batch of one joins the batch before it (batch norm needs two).
+        seed: Of initial weights, order, augmentation and posterior noise. Splits have their own, data.seed.
+        kl_warmup_epochs: Epochs over which the KL's weight rises linearly from 0 to 1.
+    """
+
+    epochs: int = 20
+    batch_size: int = 64
+    seed: int = 0
+    kl_warmup_epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "must be at least 1", where=f"training.epochs = {self.epochs}")
+        require(self.batch_size >= 2, "must be at least 2", where=f"training.batch_size = {self.batch_size}")
+        require(0 <= self.seed < 2**31, "must be from 0 to 2^31 - 1", where=f"training.seed = {self.seed}")
+        require(0 <= self.kl_warmup_epochs < math.inf, "must not be negative", where="training.kl_warmup_epochs")
+
+
+class EpochReport(NamedTuple):
+    """One line of metrics.jsonl.
+
+    Attributes:
+        epoch: From 1.
+        step: Optimisation steps so far.
+        train_nll: Mean negative log-likelihood over the epoch, as trained (augmented, one draw), nats per example.
+        kl: Divergence from the prior at the epoch's last step, nats.
+        kl_per_example: KL / N, nats per example.
+        validation_nll: Mean NLL of the posterior predictive on the validation split, nats per example.
+        learning_rate: Of the first parameter group at the last step.
+        posterior_scale: Median posterior standard deviation, or None.
+        seconds: Training time since the model's first step, validation included, interruptions not.
+    """
+
+    epoch: int
+    step: int
+    train_nll: float
+    kl: float
+    kl_per_example: float
+    validation_nll: float
+    learning_rate: float
+    posterior_scale: float | None
+    seconds: float
+
+
+class FitResult(NamedTuple):
+    """How a fit ended.
+
+    Attributes:
+        best: Directory of the checkpoint with the lowest validation NLL.
+        best_epoch: Its epoch, from 1.
+        validation_nll: Its validation NLL, nats per example.
+        reports: One per epoch, in order.
+        initial_scale: Median posterior standard deviation before the first step, or None.
+        final_scale: The same after the last step.
+    """
+
+    best: Path
+    best_epoch: int
+    validation_nll: float
+    reports: tuple[EpochReport, ...]
+    initial_scale: float | None
+    final_scale: float | None
+
+
+@dataclass
+class Progress:
+    """Where a fit stands: all of it goes into each checkpoint's state.json.
+
+    Attributes:
+        epoch: Finished epochs.
+        batch: Finished batches of the current epoch.
+        step: Finished steps in all.
+        nll_sum: Sum of the current epoch's per-example NLLs.
+        kl: Divergence from the prior at the last step, nats.
+        seconds: Time spent so far.
+        best_epoch: Epoch with the lowest validation NLL, 0 before the first.
+        best_step: Step of its checkpoint.
+        best_nll: Its validation NLL.
+        initial_scale: Median posterior standard deviation at the start.
+        reports: Finished epochs.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    nll_sum: float = 0.0
+    kl: float = 0.0
+    seconds: float = 0.0
+    best_epoch: int = 0
+    best_step: int = 0
+    best_nll: float = math.inf
+    initial_scale: float | None = None
+    reports: list[EpochReport] = field(default_factory=list)
+
+    def to_json(self) -> JsonObject:
+        """Return the progress as plain JSON; an infinite best_nll becomes None."""
+        values = {**vars(self), "reports": [list(report) for report in self.reports]}
+        return values | {"best_nll": self.best_nll if math.isfinite(self.best_nll) else None}
+
+    @classmethod
+    def from_json(cls, values: JsonObject) -> Progress:
+        """Return the progress that `to_json` wrote.
+
+        Raises:
+            CheckpointError: Keys are missing, unknown or of the wrong type.
+        """
+        try:
+            progress = cls(**values)
+            progress.reports = [EpochReport(*report) for report in progress.reports]
+            progress.best_nll = math.inf if values["best_nll"] is None else float(values["best_nll"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError("malformed progress in the checkpoint", hint=str(error)) from error
+        return progress
+
+    def result(self, directory: Path) -> FitResult:
+        """Return how the fit ended, its checkpoints being in ``directory``.
+
+        Raises:
+            DivergedError: No epoch had a finite validation NLL.
+        """
+        if not self.best_epoch:
+            raise DivergedError("no epoch had a finite validation loss", where=directory)
+        return FitResult(
+            best=directory / step_name(self.best_step),
+            best_epoch=self.best_epoch,
+            validation_nll=self.best_nll,
+            reports=tuple(self.reports),
+            initial_scale=self.initial_scale,
+            final_scale=self.reports[-1].posterior_scale,
+        )

@@ -1,0 +1,161 @@
+"""All settings of a run in one place, and the recipes that they start from.
+
+A recipe is a complete TOML file, ``configs/<data set>/<family>.toml``. Settings are made of a recipe or a user's file,
+then ``section.key=value`` overrides, then named flags; a run's ``config.toml`` is itself a valid configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from bayesnet.backbones import BACKBONES, BackboneConfig
+from bayesnet.config import build_section, merge, parse_override, read_toml, require, to_mapping
+from bayesnet.data import DATASETS, DataConfig
+from bayesnet.engine import EngineConfig
+from bayesnet.errors import ConfigError
+from bayesnet.inference import FAMILIES, build_inference_config
+from bayesnet.inference.base import FamilyConfig
+from bayesnet.optim import OptimizerConfig
+from bayesnet.progress import TrainingConfig
+from bayesnet.registry import unknown_name
+
+DEFAULT_FAMILY = "mean_field"
+TWIN = "deterministic"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """How predictions are made; recorded with the run, so that they are the same for everybody.
+
+    Attributes:
+        samples: S, draws per image, a power of two up to 256.
+        chunk_size: Images per backbone pass; shorter chunks are padded to it.
+    """
+
+    samples: int = 256
+    chunk_size: int = 32
+
+    def __post_init__(self) -> None:
+        valid = 1 <= self.samples <= 256 and self.samples & (self.samples - 1) == 0
+        require(valid, "must be a power of two from 1 to 256", where=f"predict.samples = {self.samples}")
+        require(1 <= self.chunk_size <= 4096, "must be from 1 to 4096", where="predict.chunk_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides what a run does, one field per section of its config.toml."""
+
+    data: DataConfig
+    backbone: BackboneConfig
+    inference: FamilyConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    engine: EngineConfig
+    predict: PredictConfig
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the settings as a mapping of sections, as TOML and JSON hold them."""
+        return {field.name: to_mapping(getattr(self, field.name)) for field in fields(self)}
+
+    def twin(self) -> Settings:
+        """Return the same settings for the deterministic twin."""
+        return build_settings(self.to_mapping() | {"inference": {"family": TWIN}})
+
+
+def build_settings(mapping: Mapping[str, Any]) -> Settings:
+    """Return the settings that a mapping of sections describes; absent sections and keys take their defaults.
+
+    Raises:
+        ConfigError: Unknown section or key (with a suggestion), wrong type, or a value out of range.
+    """
+    known = [field.name for field in fields(Settings)]
+    for section in mapping:
+        if section not in known:
+            raise unknown_name("configuration section", section, known)
+    settings = Settings(
+        data=build_section(DataConfig, mapping.get("data", {}), section="data"),
+        backbone=build_section(BackboneConfig, mapping.get("backbone", {}), section="backbone"),
+        inference=build_inference_config(mapping.get("inference", {"family": DEFAULT_FAMILY})),
+        optimizer=build_section(OptimizerConfig, mapping.get("optimizer", {}), section="optimizer"),
+        training=build_section(TrainingConfig, mapping.get("training", {}), section="training"),
+        engine=build_section(EngineConfig, mapping.get("engine", {}), section="engine"),
+        predict=build_section(PredictConfig, mapping.get("predict", {}), section="predict"),
+    )
+    BACKBONES[settings.backbone.name]  # raises for an unknown name, before any work
+    return settings
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Return the names of the built-in recipes, such as "digits/mean_field"."""
+    root = resources.files("bayesnet.configs")
+    folders = sorted((entry for entry in root.iterdir() if entry.is_dir()), key=lambda entry: entry.name)
+    return tuple(
+        f"{folder.name}/{recipe.name.removesuffix('.toml')}"
+        for folder in folders
+        for recipe in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if recipe.name.endswith(".toml")
+    )
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """Return the mapping of a recipe by name, or of a TOML file by path.
+
+    Raises:
+        ConfigError: There is no such recipe or file, or it cannot be read.
+    """
+    known = recipe_names()
+    if name in known:
+        folder, _, stem = name.partition("/")
+        with resources.as_file(resources.files("bayesnet.configs") / folder / f"{stem}.toml") as path:
+            return read_toml(path)
+    if name.endswith(".toml") or Path(name).is_file():
+        return read_toml(Path(name))
+    raise unknown_name("recipe", name, known)
+
+
+def resolve_settings(
+    *,
+    config: str | None = None,
+    data: str | None = None,
+    family: str | None = None,
+    bayesian: bool = False,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Settings:
+    """Return the settings of a training run from a recipe, overrides and named flags, in this order.
+
+    Args:
+        config: A recipe or TOML file; without it the recipe of the data set and family.
+        data: Data set specification, such as "digits" or "folder:PATH".
+        family: Name of the posterior family; implies ``bayesian`` unless it is the twin.
+        bayesian: Whether a Bayesian family is wanted; "mean_field" unless another one is named.
+        overrides: Texts ``section.key=value``.
+        flags: Sections of values that the caller set by name.
+
+    Raises:
+        ConfigError: Anything in it is unknown, contradictory or out of range.
+    """
+    if family is not None:
+        FAMILIES[family]
+    if bayesian and family == TWIN:
+        raise ConfigError("--bayesian needs a Bayesian family", where=family, hint=f"try --family {DEFAULT_FAMILY}")
+    if config is None:
+        kind = (data or DataConfig().spec).partition(":")[0]
+        DATASETS[kind]
+        mapping = read_config(f"{kind}/{family or (DEFAULT_FAMILY if bayesian else TWIN)}")
+    else:
+        mapping = read_config(config)
+        named = mapping.get("inference", {}).get("family")
+        family = family or (DEFAULT_FAMILY if bayesian and named in (None, TWIN) else None)
+        if family is not None and family != named:
+            mapping = {**mapping, "inference": {"family": family}}
+    for text in overrides:
+        mapping = merge(mapping, parse_override(text))
+    mapping = merge(mapping, flags or {})
+    if data is not None:
+        mapping = merge(mapping, {"data": {"spec": data}})
+    return build_settings(mapping)

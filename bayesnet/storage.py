@@ -1,0 +1,394 @@
+"""Files that are whole or absent: atomic writes, strict JSON and append-only logs.
+
+A write goes to a temporary name in the same directory, is synced, renamed over the target, and the directory is synced:
+a kill or a power cut leaves the old contents or the new ones. Reads accept regular files of a stated size only, so
+neither a link, a pipe nor a bomb gets through. A failed write is a StorageError, a failed read a CheckpointError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import shutil
+import stat
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bayesnet.errors import CheckpointError, StorageError
+from bayesnet.types import JsonObject
+
+MAX_JSON_BYTES = 8_000_000
+MAX_JSON_DEPTH = 64
+
+# O_NOFOLLOW: a planted link must not redirect a read or write. O_NONBLOCK: opening a planted pipe must not hang.
+OPEN_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
+_TEMPORARY = re.compile(r"\.tmp-([0-9]{1,9})-([0-9a-f]{8})[0-9a-f]{16}")
+_HINTS = {
+    errno.ENOSPC: "free some space or write to another disk",
+    errno.EDQUOT: "free some of your quota or write to another disk",
+    errno.EFBIG: "raise the file size limit (ulimit -f)",
+    errno.EACCES: "choose a directory that you may write to",
+    errno.EPERM: "choose a directory that you may write to",
+    errno.EROFS: "choose a directory that you may write to",
+    errno.ENOENT: "was the directory removed meanwhile?",
+}
+
+
+@contextlib.contextmanager
+def storage_errors(what: str, path: Path) -> Iterator[None]:
+    """Turn any OSError of the block into StorageError ``WHAT: REASON (PATH): WHAT TO DO``.
+
+    Raises:
+        StorageError: The block raised OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(f"{what}: {reason}", where=path, hint=_HINTS.get(error.errno or 0)) from error
+
+
+@contextlib.contextmanager
+def read_errors(what: str, path: Path) -> Iterator[None]:
+    """Turn any OSError of the block into CheckpointError ``WHAT: REASON (PATH)``.
+
+    Raises:
+        CheckpointError: The block raised OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{what}: {error.strerror or error}", where=path) from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace the contents of ``path`` atomically and durably.
+
+    Raises:
+        StorageError: The file system refused; the old contents stand and no temporary file is left.
+    """
+    temporary = path.parent / temporary_name()
+    with storage_errors("cannot write the file", path):
+        try:
+            write_new(temporary, data)
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
+
+
+def write_json(path: Path, record: JsonObject) -> None:
+    """Replace ``path`` by ``record`` as JSON; see `json_ready` for what values may be.
+
+    Raises:
+        StorageError: The file system refused.
+        TypeError: A value or key has no JSON form.
+    """
+    write_bytes(path, json_bytes(json_ready(record)))
+
+
+def append_line(path: Path, record: JsonObject) -> None:
+    """Add ``record`` as one line of JSON and sync it, first cutting off a line that a kill left unfinished.
+
+    One process at a time may append: hold the run directory's lock.
+
+    Raises:
+        StorageError: The file system refused; the complete lines stand.
+        TypeError: A value or key has no JSON form.
+    """
+    line = _json_line(record)
+    with storage_errors("cannot append to the file", path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | OPEN_FLAGS, 0o666)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise StorageError("not a regular file", where=path)
+            end = _end_of_lines(descriptor)
+            os.ftruncate(descriptor, end)
+            try:
+                _write_all(descriptor, line)
+                os.fsync(descriptor)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, end)
+                raise
+        finally:
+            os.close(descriptor)
+        if end == 0:
+            sync_directory(path.parent)
+
+
+def write_lines(path: Path, records: Sequence[JsonObject]) -> None:
+    """Replace ``path`` atomically by one line of JSON per record.
+
+    Raises:
+        StorageError: The file system refused; an earlier file stands.
+        TypeError: A value or key has no JSON form.
+    """
+    write_bytes(path, b"".join(_json_line(record) for record in records))
+
+
+def read_bytes(path: Path, *, max_bytes: int) -> bytes:
+    """Return the contents of a regular file, refusing before allocation when it is larger than ``max_bytes``.
+
+    Raises:
+        CheckpointError: Missing, a link, not a regular file, too large, unreadable or changing.
+    """
+    with read_errors("cannot read the file", path):
+        if path.is_symlink():
+            raise CheckpointError("is a symbolic link, not a file", where=path)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | OPEN_FLAGS)
+        except FileNotFoundError:
+            raise CheckpointError("file is missing", where=path) from None
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError("not a regular file", where=path)
+            if status.st_size > max_bytes:
+                raise CheckpointError(f"file has {status.st_size} bytes, more than {max_bytes}", where=path)
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                data = file.read(status.st_size + 1)
+        finally:
+            os.close(descriptor)
+        if len(data) != status.st_size:
+            raise CheckpointError("file changed while it was read", where=path)
+        return data
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> JsonObject:
+    """Return the JSON object in a file.
+
+    Raises:
+        CheckpointError: Whatever `read_bytes` and `parse_json` refuse.
+    """
+    return parse_json(read_bytes(path, max_bytes=max_bytes), where=path)
+
+
+def read_lines(path: Path, *, max_bytes: int = 16 * MAX_JSON_BYTES) -> list[JsonObject]:
+    """Return the objects of a file of JSON lines; an unfinished last line (a kill while appending) does not count.
+
+    Raises:
+        CheckpointError: The file cannot be read or a complete line is not a JSON object.
+    """
+    lines = read_bytes(path, max_bytes=max_bytes).split(b"\n")[:-1]
+    return [parse_json(line, where=f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def parse_json(data: bytes, *, where: object) -> JsonObject:
+    """Return the object that strict JSON spells: no duplicate keys, no NaN or infinity, at most 64 levels.
+
+    Raises:
+        CheckpointError: ``data`` is anything else.
+
+    Example:
+        >>> parse_json(b'{"a": 1, "a": 2}', where="state.json")
+        Traceback (most recent call last):
+        bayesnet.errors.CheckpointError: not valid JSON (state.json): duplicate key 'a'
+    """
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+        )
+    except RecursionError:
+        raise CheckpointError("JSON is nested too deeply", where=where) from None
+    except ValueError as error:
+        raise CheckpointError("not valid JSON", where=where, hint=str(error)) from error
+    if not isinstance(value, dict):
+        raise CheckpointError("not a JSON object", where=where)
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        children = (child for item in level for child in (item.values() if isinstance(item, dict) else item))
+        level = [child for child in children if isinstance(child, dict | list)]
+    if level:
+        raise CheckpointError("JSON is nested too deeply", where=where)
+    return value
+
+
+def json_ready(value: object, *, depth: int = MAX_JSON_DEPTH) -> Any:  # noqa: ANN401 - JSON is any
+    """Return ``value`` in JSON's types: NaN and infinity become None, tuples lists, paths and arrays their contents.
+
+    Args:
+        value: Nested mappings with string keys, sequences, scalars, paths, and what has ``tolist`` (arrays, tensors).
+        depth: Levels that may still follow.
+
+    Raises:
+        TypeError: A value or key has no JSON form.
+        ValueError: Nested too deeply.
+
+    Example:
+        >>> json_ready({"nll": float("nan"), "ci95": (0.1, 0.2)})
+        {'nll': None, 'ci95': [0.1, 0.2]}
+    """
+    if depth < 0:
+        raise ValueError(f"JSON is nested deeper than {MAX_JSON_DEPTH} levels")
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"a JSON key must be a string, not {key!r}")
+        return {key: json_ready(item, depth=depth - 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item, depth=depth - 1) for item in value]
+    if hasattr(value, "tolist"):
+        return json_ready(value.tolist(), depth=depth)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def json_bytes(record: object) -> bytes:
+    """Return JSON text in ASCII, so that any name, even one that is not UTF-8, comes back as it was."""
+    return json.dumps(record, allow_nan=False, indent=2).encode("ascii") + b"\n"
+
+
+def _json_line(record: JsonObject) -> bytes:
+    return json.dumps(json_ready(record), allow_nan=False).encode("ascii") + b"\n"
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Create ``path``, which must not exist, and sync its contents. OSErrors are the caller's."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, 0o666)
+    try:
+        _write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable. OSErrors are the caller's."""
+    if os.name == "nt":  # a directory cannot be opened there; renames are journalled
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems do not know this call, and are as durable without it
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_directories(path: Path, *, levels: int | None = None) -> tuple[Path, ...]:
+    """Create a directory and at most ``levels`` missing ones in all; return those created, outermost first.
+
+    OSErrors are the caller's; after one, none of them is left.
+    """
+    missing: list[Path] = []
+    while not path.exists() and (levels is None or len(missing) < levels):
+        missing.insert(0, path)
+        path = path.parent
+    created: list[Path] = []
+    try:
+        for directory in missing:
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                directory.mkdir()
+                created.append(directory)
+                sync_directory(directory.parent)
+    except BaseException:
+        remove_empty(created)
+        raise
+    return tuple(created)
+
+
+def remove_empty(directories: Sequence[Path]) -> None:
+    """Remove those directories that are empty, the last first; failing to is no error."""
+    for path in reversed(directories):
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def temporary_name() -> str:
+    """Return an unpredictable name that says which process of which host is writing."""
+    return f".tmp-{os.getpid()}-{_host_tag()}{secrets.token_hex(8)}"
+
+
+def remove_stale(directory: Path) -> None:
+    """Remove temporary files and directories of processes of this host that are dead; failing to is no error."""
+    with contextlib.suppress(OSError):
+        for path in list(directory.iterdir()):
+            match = _TEMPORARY.fullmatch(path.name)
+            if match is None or match[2] != _host_tag() or _is_alive(int(match[1])):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    """Write all of ``data``: one call may write a part only."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _end_of_lines(descriptor: int) -> int:
+    """Return the offset behind the last newline, 0 where there is none."""
+    end = os.fstat(descriptor).st_size
+    while end > 0:
+        start = max(0, end - 65536)
+        os.lseek(descriptor, start, os.SEEK_SET)
+        newline = os.read(descriptor, end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _host_tag() -> str:
+    """Return eight hexadecimal digits that stand for this host: a process number means nothing on another one."""
+    return f"{zlib.crc32(os.fsencode(platform.node())):08x}"
+
+
+def _is_alive(pid: int) -> bool:
+    """Return whether a process of this host exists; True where that cannot be asked without harm."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
+    """Return the object, refusing a key that occurs twice: readers would disagree about its value."""
+    record: JsonObject = {}
+    for key, value in pairs:
+        if key in record:
+            raise ValueError(f"duplicate key {key[:80]!r}")
+        record[key] = value
+    return record
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    """Refuse NaN and Infinity, which Python reads but JSON does not have."""
+    raise ValueError(f"{text} is not JSON")
+
+
+def _finite_float(text: str) -> float:
+    """Return the number, refusing one that overflows to infinity."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"number out of range: {text[:80]}")
+    return value

@@ -1,0 +1,140 @@
+"""The workflow behind `bayesnet calibrate`: fit on half A, set thresholds on half B, then read the test split once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bayesnet import metrics, storage
+from bayesnet.calibration import CALIBRATORS, Calibrator, ConformalThreshold, evaluate_sets, fit_lac, verdict
+from bayesnet.calibration.identity import Identity
+from bayesnet.calibration.temperature import Temperature
+from bayesnet.config import require
+from bayesnet.data import ImageData
+from bayesnet.data.splits import halves
+from bayesnet.engine import Engine
+from bayesnet.plots import reliability_diagram
+from bayesnet.predictive import Predictor, log_mean_exp
+from bayesnet.report import CalibrationReport, calibration_report
+from bayesnet.rundir import RunDirectory, find_run
+from bayesnet.types import JsonObject
+from bayesnet.workflows.trained import TrainedModel, load_model, read_data, read_settings, trained_names
+
+COMPARED = ("nll", "brier", "accuracy")
+
+
+class _Frozen(NamedTuple):
+    """A model with everything fitted: from here on the test split may be read."""
+
+    model: TrainedModel
+    predictor: Predictor
+    calibrator: Calibrator
+    threshold: ConformalThreshold
+
+
+class _Tested(NamedTuple):
+    """Mean probabilities (N, K) on the test split."""
+
+    before: NDArray[np.float64]
+    after: NDArray[np.float64]
+
+
+def calibrate(run: Path | None = None, *, alpha: float = 0.1, devices: str = "auto") -> JsonObject:
+    """Calibrate the models of a run and say, with error bars, what it changed and which model is better.
+
+    The calibration split is halved by seed: half A fits the temperature, half B sets the conformal threshold; only then
+    is the test split read. The result is stored in the run and used by `predict` from then on.
+
+    Args:
+        run: A run directory; the newest finished one by default.
+        alpha: 1 - alpha is the nominal coverage of the conformal sets.
+        devices: "auto", "cpu", "cuda:0".
+
+    Returns:
+        ``run``, ``models`` (each ``before``, ``after``, ``temperature``, ``conformal``), ``conformal`` of the Bayesian
+        model (of the twin where it is alone), ``sentence``, ``report``.
+
+    Raises:
+        BayesnetError: A missing or damaged run, changed data, alpha out of range.
+    """
+    require(0 < alpha < 1, "must lie between 0 and 1", where=f"alpha = {alpha}")
+    directory = find_run(run)
+    with directory.lock():
+        settings = read_settings(directory)
+        names = trained_names(directory.read_summary(), directory.path)
+        engine = Engine.for_one(devices)
+        models = {name: load_model(directory, name) for name in names}
+        data = read_data(directory, settings)
+        frozen = {name: _freeze(model, data, engine, alpha, settings.data.seed) for name, model in models.items()}
+        tested = {
+            name: _Tested(*each.predictor.probabilities_under(data.test, [Identity(), each.calibrator]))
+            for name, each in frozen.items()
+        }
+        return _publish(directory, data, frozen, tested)
+
+
+def _freeze(model: TrainedModel, data: ImageData, engine: Engine, alpha: float, seed: int) -> _Frozen:
+    """Fit the calibrator on half A and the conformal threshold on half B of the calibration split."""
+    predictor = model.predictor(engine)
+    labels_N = data.calibration.labels_N
+    half_a, half_b = halves(labels_N, seed)
+    draws_SNK = predictor.raw_draws(data.calibration)
+    calibrator = CALIBRATORS["temperature"].fit(draws_SNK[:, half_a], labels_N[half_a])
+    calibrated_BK = log_mean_exp(calibrator(draws_SNK[:, half_b].double()), 0).exp()
+    threshold = fit_lac(calibrated_BK.numpy(), labels_N[half_b].numpy(), alpha)
+    return _Frozen(model, predictor, calibrator, threshold)
+
+
+def _publish(run: RunDirectory, data: ImageData, frozen: dict[str, _Frozen], tested: dict[str, _Tested]) -> JsonObject:
+    """Evaluate on the test split; write calibration.json, the diagram and the report; return the record."""
+    labels_N = data.test.labels_N.numpy()
+    records = {name: _model_record(frozen[name], tested[name], labels_N) for name in frozen}
+    panels: dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]] = {}
+    for name, each in tested.items():
+        panels |= {f"{name}, before": (each.before, labels_N), f"{name}, after": (each.after, labels_N)}
+    image = reliability_diagram(panels)
+    differences: JsonObject = {}
+    if len(tested) > 1:
+        pair = tested["bayesian"].after, tested["deterministic"].after
+        differences = {key: metrics.paired_difference(*pair, labels_N, key) for key in COMPARED}
+    sentence = verdict({name: record["after"] for name, record in records.items()}, differences)
+    default = list(records)[-1]
+    record: JsonObject = {
+        "run": str(run.path),
+        "models": records,
+        "differences": differences,
+        "conformal": records[default]["conformal"]["lac"],
+        "sentence": sentence,
+        "report": str(run.report),
+    }
+    storage.make_directories(run.plots)
+    storage.write_bytes(run.plots / "reliability.png", image)
+    report = CalibrationReport(
+        title=f"Calibration of {run.path.name}",
+        sentence=sentence,
+        run=run.path.name,
+        models=records,
+        conformal=record["conformal"],
+        images={"reliability": image},
+    )
+    run.write_text(run.report.name, calibration_report(report))
+    run.write_json(run.calibration.name, record)
+    return record
+
+
+def _model_record(frozen: _Frozen, tested: _Tested, labels_N: NDArray[np.int64]) -> JsonObject:
+    """Return what is stored of one model: its calibrator and threshold, and its metrics on the test split."""
+    calibrator, threshold = frozen.calibrator, frozen.threshold
+    return {
+        "family": frozen.model.settings.inference.family,
+        "digest": frozen.model.digest,
+        "calibrator": calibrator.to_json(),
+        "temperature": calibrator.temperature if isinstance(calibrator, Temperature) else 1.0,
+        "threshold": threshold.to_json(),
+        "before": metrics.evaluate(tested.before, labels_N),
+        "after": metrics.evaluate(tested.after, labels_N),
+        "conformal": {threshold.method: evaluate_sets(tested.after, labels_N, threshold)},
+    }

@@ -1,0 +1,51 @@
+"""The workflow behind `bayesnet compare`: the test metrics of several runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bayesnet.errors import CheckpointError
+from bayesnet.rundir import RunDirectory
+from bayesnet.types import JsonObject
+from bayesnet.workflows.trained import load_calibration, load_model, read_settings, trained_names
+
+
+def compare(runs: Sequence[Path]) -> JsonObject:
+    """Return the metrics of every model of the runs, before and after calibration where `calibrate` has run.
+
+    Args:
+        runs: Finished run directories.
+
+    Returns:
+        ``rows`` (run, data, model, family, seed, calibrated, metrics) and ``same_test_split``: whether all runs were
+        tested on the same images, without which their metrics cannot be compared.
+
+    Raises:
+        CheckpointError: A run is missing, unfinished or damaged.
+    """
+    rows: list[JsonObject] = []
+    fingerprints = set()
+    for path in runs:
+        run = RunDirectory.open(path)
+        if not run.is_finished:
+            hint = f"finish it with `bayesnet train --resume {path}`"
+            raise CheckpointError("the run is not finished", where=path, hint=hint)
+        fingerprints.add(run.read_summary().get("fingerprint"))
+        rows += _rows(run)
+    return {"rows": rows, "same_test_split": len(fingerprints) == 1}
+
+
+def _rows(run: RunDirectory) -> list[JsonObject]:
+    """Return one row per model of a run, and one more per calibrated model."""
+    summary = run.read_summary()
+    seed = read_settings(run).training.seed
+    rows: list[JsonObject] = []
+    for name in trained_names(summary, run.path):
+        record = summary["models"][name]
+        head = {"run": str(run.path), "data": summary["data"]["name"], "model": name, "family": record["family"]}
+        rows.append({**head, "seed": seed, "calibrated": False, "metrics": record})
+        calibration = load_calibration(run, load_model(run, name))
+        if calibration is not None:
+            rows.append({**head, "seed": seed, "calibrated": True, "metrics": calibration["after"]})
+    return rows

@@ -1,0 +1,175 @@
+"""From settings to an untrained posterior, and from a run directory back to a trained one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bayesnet.backbones import build_backbone
+from bayesnet.calibration import Calibrator, calibrator_from_json
+from bayesnet.calibration.identity import Identity
+from bayesnet.checkpoint import load_checkpoint, step_name
+from bayesnet.config import read_toml
+from bayesnet.data import ImageData, Preprocessing, load_data
+from bayesnet.engine import Engine
+from bayesnet.errors import BayesnetError, CheckpointError, ConfigError, DataError
+from bayesnet.inference import FAMILIES, build_posterior
+from bayesnet.inference.base import Parts, Posterior
+from bayesnet.predictive import Predictor
+from bayesnet.rundir import RunDirectory
+from bayesnet.settings import Settings, build_settings
+from bayesnet.training import restore_model
+from bayesnet.types import JsonObject
+
+MODEL_NAMES = ("deterministic", "bayesian")
+
+
+class TrainedModel(NamedTuple):
+    """A model read from a run, its checkpoint verified.
+
+    Attributes:
+        name: "deterministic" or "bayesian".
+        settings: What it was trained with.
+        posterior: In evaluation mode, on the CPU.
+        preprocessing: Of its training images.
+        classes: Names in index order.
+        digest: Of its checkpoint.
+        num_examples: N, training images.
+    """
+
+    name: str
+    settings: Settings
+    posterior: Posterior
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    digest: str
+    num_examples: int
+
+    def predictor(
+        self, engine: Engine, *, calibrator: Calibrator | None = None, num_samples: int | None = None
+    ) -> Predictor:
+        """Return the predictor that the run's own settings describe."""
+        return Predictor(
+            self.posterior,
+            self.preprocessing,
+            engine=engine,
+            num_samples=num_samples or self.settings.predict.samples,
+            chunk_size=self.settings.predict.chunk_size,
+            calibrator=calibrator,
+        )
+
+
+def model_name(settings: Settings) -> str:
+    """Return under which name a run keeps the model that these settings describe."""
+    return "bayesian" if FAMILIES[settings.inference.family].bayesian else "deterministic"
+
+
+def new_posterior(settings: Settings, preprocessing: Preprocessing, num_classes: int, num_examples: int) -> Posterior:
+    """Return an untrained posterior, initialised from ``training.seed``; the caller's random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.training.seed)
+        channels, height, width = preprocessing.shape
+        backbone = build_backbone(settings.backbone, channels=channels, height=height, width=width)
+        parts = Parts(backbone, num_classes, num_examples, table_seed=settings.training.seed)
+        return build_posterior(parts, settings.inference)
+
+
+def read_settings(run: RunDirectory) -> Settings:
+    """Return the settings of a run.
+
+    Raises:
+        CheckpointError: Its config.toml is missing or not valid.
+    """
+    try:
+        return build_settings(read_toml(run.config))
+    except ConfigError as error:
+        raise CheckpointError("the run's configuration is not valid", where=run.config, hint=str(error)) from error
+
+
+def read_data(run: RunDirectory, settings: Settings) -> ImageData:
+    """Return the data set of a run, made sure to be the one that it was trained on.
+
+    Raises:
+        DataError: The data set is gone, unreadable, or not what it was.
+    """
+    data = load_data(settings.data)
+    if data.fingerprint != run.read_summary().get("fingerprint"):
+        raise DataError("the data set has changed since training", where=data.spec, hint="restore it, or train again")
+    return data
+
+
+def trained_names(summary: JsonObject, where: Path) -> tuple[str, ...]:
+    """Return the names of the models in a run's summary, the twin first.
+
+    Raises:
+        CheckpointError: There are none.
+    """
+    models = summary.get("models")
+    names = tuple(name for name in MODEL_NAMES if isinstance(models, dict) and name in models)
+    if not names:
+        raise CheckpointError("the run has no trained model", where=where, hint="train again")
+    return names
+
+
+def load_model(run: RunDirectory, name: str) -> TrainedModel:
+    """Return a model of a finished run.
+
+    Its checkpoint must be the one that the run's summary names, byte for byte. Settings, classes and preprocessing come
+    from inside it, and classes.json must agree.
+
+    Raises:
+        CheckpointError: Something is missing, damaged, tampered with, or does not fit together.
+    """
+    summary = run.read_summary()
+    try:
+        record = summary["models"][name]
+        step, digest = int(record["best_step"]), str(record["digest"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the run has no finished {name} model", where=run.path) from error
+    checkpoint = load_checkpoint(run.model_checkpoints(name) / step_name(step), digest=digest)
+    try:
+        state = checkpoint.state
+        settings = build_settings(state["settings"])
+        preprocessing = Preprocessing.from_json(state["preprocessing"])
+        classes = tuple(str(entry) for entry in state["classes"])
+        num_examples = int(state["num_examples"])
+        posterior = new_posterior(settings, preprocessing, len(classes), num_examples)
+    except CheckpointError:
+        raise
+    except (BayesnetError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError("malformed checkpoint state", where=checkpoint.path, hint=str(error)) from error
+    if run.read_json(run.classes.name).get("classes") != list(classes):
+        raise CheckpointError("classes.json differs from the checkpoint's classes", where=run.classes)
+    restore_model(posterior, checkpoint)
+    return TrainedModel(name, settings, posterior.eval(), preprocessing, classes, checkpoint.digest, num_examples)
+
+
+def load_calibrator(run: RunDirectory, model: TrainedModel) -> Calibrator:
+    """Return the calibrator that `calibrate` stored for this model, or the identity where it has not run.
+
+    Raises:
+        CheckpointError: calibration.json is damaged, or belongs to another checkpoint.
+    """
+    record = load_calibration(run, model)
+    return Identity() if record is None else calibrator_from_json(record["calibrator"])
+
+
+def load_calibration(run: RunDirectory, model: TrainedModel) -> JsonObject | None:
+    """Return what `calibrate` stored for this model, or None where it has not run.
+
+    Raises:
+        CheckpointError: calibration.json is damaged, or belongs to another checkpoint.
+    """
+    if not run.calibration.exists():
+        return None
+    try:
+        record: JsonObject = run.read_json(run.calibration.name)["models"][model.name]
+        digest, _ = record["digest"], record["calibrator"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError("not a calibration", where=run.calibration, hint="run `bayesnet calibrate`") from error
+    if digest != model.digest:
+        hint = "run `bayesnet calibrate` again"
+        raise CheckpointError("the calibration belongs to another checkpoint", where=run.calibration, hint=hint)
+    return record

@@ -1,0 +1,110 @@
+"""Progress of training on stderr (a bar on a terminal, one plain line per epoch elsewhere), and signals."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType, TracebackType
+from typing import Self
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from bayesnet.errors import InterruptedRunError, printable
+from bayesnet.progress import EpochReport
+from bayesnet.workflows import TrainListener
+
+
+class StopSignals:
+    """SIGINT and SIGTERM: while steps are taken the first asks for a checkpoint, a second one ends at once.
+
+    Outside the optimisation loop there is nothing to save, so the first one ends at once too.
+    """
+
+    def __init__(self) -> None:
+        self.armed = False
+        self._pending: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def install(self) -> None:
+        """Take over both signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        """Give both signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def pending(self) -> int | None:
+        """Return the number of the signal that asks for an end, or None."""
+        return self._pending
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.armed or self._pending is not None:
+            raise InterruptedRunError(number, hint="checkpoints committed earlier are kept")
+        self._pending = number
+
+
+class TrainProgress(TrainListener):
+    """Shows the progress of a training run; a context manager that also owns the signals."""
+
+    def __init__(self) -> None:
+        self.signals = StopSignals()
+        self._name, self._family = "", ""
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        if sys.stderr.isatty():
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+
+    def __enter__(self) -> Self:
+        self.signals.install()
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self.signals.restore()
+
+    def on_note(self, text: str) -> None:
+        """Print the sentence."""
+        self._line(printable(text))
+
+    def on_model(self, name: str, family: str) -> None:
+        """Start the model's bar."""
+        self._name, self._family = name, family
+        if self._bar is not None:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(f"{name} ({family})", total=None)
+
+    def on_step(self, step: int, num_steps: int) -> None:
+        """Advance the bar."""
+        self.signals.armed = True
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, total=num_steps)
+
+    def on_epoch(self, report: EpochReport, num_epochs: int) -> None:
+        """Print the epoch's line; after the last one there is nothing left to save."""
+        if report.epoch == num_epochs:
+            self.signals.armed = False
+        parts = [f"{self._name:<13} epoch {report.epoch:>3}/{num_epochs}", f"train NLL {report.train_nll:.4f}"]
+        if report.posterior_scale is not None:
+            parts += [f"KL {report.kl:.1f} nats", f"KL/N {report.kl_per_example:.4f}"]
+        parts.append(f"validation NLL {report.validation_nll:.4f}")
+        if report.posterior_scale is not None:
+            parts.append(f"posterior sd {report.posterior_scale:.4f}")
+        parts.append(f"{report.seconds:.1f} s")
+        self._line("  ".join(parts))
+
+    def _line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            click.echo(text, err=True)

@@ -1,0 +1,173 @@
+"""From result objects to what a person reads: tables on stdout, every name made safe for a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from bayesnet.errors import printable
+from bayesnet.types import JsonObject
+
+METRICS = {"accuracy": "accuracy", "nll": "NLL (nats)", "brier": "Brier", "ece": "ECE", "aurc": "AURC"}
+MAX_NAMES = 5
+
+
+def print_json(record: JsonObject) -> None:
+    """Print one JSON object; NaN has become null on the way here."""
+    click.echo(json.dumps(record, indent=2, allow_nan=False))
+
+
+def print_train_summary(summary: JsonObject) -> None:
+    """Print the data, the table of both models, the posterior's fit, the run directory and what to try next."""
+    data, models, run = summary["data"], summary["models"], summary["run"]
+    splits = ", ".join(f"{data[f'num_{split}']} {split}" for split in ("train", "validation", "calibration", "test"))
+    _say(f"{data['name']}: {len(data['classes'])} classes; images: {splits}")
+    rows = [[label, *(_with_interval(model, key) for model in models.values())] for key, label in METRICS.items()]
+    rows.append(["training seconds", *(f"{model['seconds']:.1f}" for model in models.values())])
+    headers = [f"{name} ({model['family']})" for name, model in models.items()]
+    _table(f"test split, {data['num_test']} images, 95 % intervals in brackets", ["", *headers], rows)
+    for name, model in models.items():
+        scale = model["posterior_scale"]
+        if scale["final"] is not None:
+            _say(
+                f"{name}: train NLL {model['train_nll']:.4f}, KL {model['kl']:.1f} nats, KL/N "
+                f"{model['kl_per_example']:.4f}; median posterior sd {scale['initial']:.4f} -> {scale['final']:.4f}"
+            )
+    _say(f"run: {run}")
+    examples = "FILE_OR_FOLDER" if data["name"] == "folder" else f"{run}/examples"
+    _say(f"next: bayesnet calibrate {run}")
+    _say(f"      bayesnet predict {examples} --run {run}")
+
+
+def print_calibration(record: JsonObject) -> None:
+    """Print both models before and after, the conformal sets, where the report is, and the closing sentence."""
+    headers, columns = [""], []
+    for name, model in record["models"].items():
+        headers += [f"{name}, before", f"after (T = {model['temperature']:.3f})"]
+        columns += [model["before"], model["after"]]
+    rows = [[label, *(_with_interval(column, key) for column in columns)] for key, label in METRICS.items()]
+    rows.append(["ECE if perfect", *(_interval(column["ece_null95"]) for column in columns)])
+    _table("test split, 95 % intervals in brackets", headers, rows)
+    conformal = record["conformal"]
+    _say(
+        f"label sets at {1 - conformal['alpha']:.0%}: coverage {conformal['coverage']:.3f} "
+        f"(expected {_interval(conformal['coverage_band'])}), {conformal['mean_set_size']:.2f} labels on average"
+    )
+    _say(f"report: {record['report']}")
+    _say(record["sentence"])
+
+
+def print_predictions(record: JsonObject) -> None:
+    """Print one row per image, and what the intervals are."""
+    interval = record["interval"]
+    rows = [
+        [
+            printable(row["path"]),
+            printable(row["label"]),
+            f"{row['probability']:.3f}",
+            f"[{row['lower']:.3f}, {row['upper']:.3f}]",
+            f"{row['entropy']:.3f}",
+            f"{row['mutual_information']:.3f}",
+            _names(row["set"]),
+        ]
+        for row in record["predictions"]
+    ]
+    headers = ["image", "label", "probability", f"{interval['level']:.0%} interval", "entropy", "mutual inf.", "set"]
+    _table(None, headers, rows)
+    state = "calibrated" if record["calibrated"] else "not calibrated: run `bayesnet calibrate`"
+    _say(f"{record['model']} model of {record['run']}, {state}")
+    _say(
+        f"The interval ({interval['kind']}, {interval['samples']} draws, widened for {interval['widened']:.0%} of the "
+        "labels) holds the class probability under the posterior; it is no promise about the label. Entropies in nats."
+    )
+
+
+def print_bench(record: JsonObject) -> None:
+    """Print one row per arm and the control."""
+    rows = [
+        [
+            row["device"],
+            row["phase"],
+            f"{row['model']} ({row['family']})",
+            str(row["batch"]),
+            str(row["samples"]),
+            f"{row['images_per_second']:,.0f}",
+            f"{row['ms_median']:.3f} {_interval(row['ci95'])}",
+            f"{row['ms_p95']:.3f}",
+            "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:.0f}",
+            f"{row['ratio_to_deterministic']:.3f} {_interval(row['ratio_ci95'])}",
+        ]
+        for row in record["rows"]
+    ]
+    headers = ["device", "phase", "model", "batch", "draws", "images/s", "ms median", "ms p95", "peak MiB", "ratio"]
+    _table(f"{record['source']}: time per step or prediction, 95 % intervals in brackets", headers, rows)
+    for row in record["control"]["rows"]:
+        _say(
+            f"control, {row['device']} {row['phase']}: the twin against itself {row['ratio']:.3f} "
+            f"{_interval(row['ci95'])}; differences of this size are noise"
+        )
+
+
+def print_comparison(record: JsonObject) -> None:
+    """Print one row per model of every run."""
+    rows = [
+        [
+            printable(row["run"]),
+            f"{row['model']} ({row['family']})" + (", calibrated" if row["calibrated"] else ""),
+            str(row["seed"]),
+            *(_with_interval(row["metrics"], key) for key in METRICS),
+        ]
+        for row in record["rows"]
+    ]
+    _table("test metrics, 95 % intervals in brackets", ["run", "model", "seed", *METRICS.values()], rows)
+    if not record["same_test_split"]:
+        _say("These runs were tested on different images: their metrics cannot be compared.")
+
+
+def print_doctor(record: JsonObject) -> None:
+    """Print versions, devices and checks."""
+    _table(None, ["package", "version"], list(map(list, record["versions"].items())))
+    devices = ", ".join(f"{name} ({what})" for name, what in record["devices"].items())
+    _say(f"devices: {devices}; {record['threads']} threads on {record['cpus']} CPUs; {record['platform']}")
+    for check in record["checks"]:
+        line = f"{'ok  ' if check['ok'] else 'FAIL'} {check['name']}: {check['found']}"
+        _say(line + (f": {check['advice']}" if check["advice"] else ""))
+
+
+def _table(title: str | None, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; off a terminal it is as wide as it needs to be."""
+    table = Table(title=title, title_justify="left", title_style="", header_style="bold")
+    for position, header in enumerate(headers):
+        table.add_column(header, justify="left" if position == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 240
+    Console(width=width, markup=False, highlight=False, emoji=False).print(table)
+
+
+def _say(text: str) -> None:
+    click.echo(printable(text))
+
+
+def _with_interval(values: Mapping[str, object], key: str) -> str:
+    """Return ``0.993 [0.978, 0.998]``, or a dash for a metric that does not exist here."""
+    value, interval = values[key], values["ci95"][key]  # type: ignore[index]
+    return "-" if value is None else f"{value:.4f} {_interval(interval)}"
+
+
+def _interval(bounds: Sequence[float | None]) -> str:
+    low, high = ("-" if bound is None else f"{bound:.4f}" for bound in bounds)
+    return f"[{low}, {high}]"
+
+
+def _names(names: Sequence[str] | None) -> str:
+    """Return the labels of a conformal set, shortened; a dash where the run is not calibrated."""
+    if names is None:
+        return "-"
+    shown = ", ".join(printable(name) for name in names[:MAX_NAMES])
+    return f"{{{shown}{', ...' if len(names) > MAX_NAMES else ''}}}"

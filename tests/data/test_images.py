@@ -1,0 +1,381 @@
+"""Image files: what is read, what is refused, and that nothing but a DataError comes out of a damaged one."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin
+
+from bayesnet.data import images
+from bayesnet.data.images import image_paths, image_size, read_image, write_png
+from bayesnet.data.preprocessing import Preprocessing
+from bayesnet.errors import DataError
+
+FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
+# The transposition that an orientation undoes when the image is shown.
+STORED = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def preprocessing(height: int, width: int, channels: int = 3, max_pixels: int = 50_000_000) -> Preprocessing:
+    return Preprocessing(channels, height, width, (0.0,) * channels, (1.0,) * channels, max_pixels)
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def chw(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("name", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_pixels_are_untouched_at_the_right_size(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.bin"  # the suffix decides nothing
+    image = picture(6, 9)
+    image.save(path, format=name, **({"lossless": True} if name == "WEBP" else {}))
+    result = read_image(path, preprocessing(6, 9))
+    assert torch.equal(result, chw(image))
+    assert result.is_contiguous()
+    assert image_size(path, max_pixels=54) == (6, 9)
+
+
+def test_jpeg_and_gif_are_read(tmp_path: Path) -> None:
+    for name in ("JPEG", "GIF"):
+        image = Image.new("RGB", (9, 6), (200, 40, 120))
+        image.save(tmp_path / "a", format=name)
+        assert (read_image(tmp_path / "a", preprocessing(6, 9)).float() - chw(image).float()).abs().max() <= 4
+
+
+@pytest.mark.parametrize("name", ["PNG", "TIFF", "WEBP", "JPEG"])
+def test_eight_orientations_give_one_tensor(tmp_path: Path, name: str) -> None:
+    upright = picture(16, 32).resize((32, 16), Image.Resampling.BILINEAR)
+    if name == "JPEG":  # flat blocks of 8 x 8 survive compression in every direction
+        upright = Image.fromarray(np.array(picture(2, 4)).repeat(8, 0).repeat(8, 1))
+    for orientation, method in STORED.items():
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        stored = upright if method is None else upright.transpose(method)
+        options = {"lossless": True} if name == "WEBP" else {"quality": 100, "subsampling": 0} if name == "JPEG" else {}
+        stored.save(tmp_path / "a", format=name, exif=exif, **options)
+        result = read_image(tmp_path / "a", preprocessing(16, 32))
+        assert (result.float() - chw(upright).float()).abs().max() <= (3 if name == "JPEG" else 0), orientation
+        assert image_size(tmp_path / "a", max_pixels=1000) == (16, 32), orientation
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [("I;16", "PNG"), ("I;16B", "PNG"), ("I;16", "TIFF"), ("I;16B", "TIFF"), ("I", "TIFF")]
+)
+def test_16_bit_ramp_keeps_its_levels(tmp_path: Path, mode: str, name: str) -> None:
+    ramp = np.linspace(0, 65535, 1024).round().astype({"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode])
+    Image.frombytes(mode, (32, 32), ramp.tobytes()).save(tmp_path / "a", format=name)
+    result = read_image(tmp_path / "a", preprocessing(32, 32, channels=1))
+    assert len(result.unique()) == 256
+    assert torch.equal(result.flatten(), torch.from_numpy(np.rint(ramp / 257).astype(np.uint8)))
+
+
+def test_integer_tiff_of_8_bits_is_kept_and_others_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.array([[0, 255], [7, 9]], dtype=np.int32)).save(path)
+    assert read_image(path, preprocessing(2, 2, channels=1)).tolist() == [[[0, 255], [7, 9]]]
+    for low, high in ((-1, 5), (0, 70000)):
+        Image.fromarray(np.array([[low, high]], dtype=np.int32)).save(path)
+        with pytest.raises(DataError, match=rf"\(.*a.tif\): integer pixels from {low} to {high} are not 8 or 16 bits"):
+            read_image(path, preprocessing(2, 2))
+
+
+def test_float_tiff_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"a.tif\): floating-point pixels have no defined range; convert"):
+        read_image(tmp_path / "a.tif", preprocessing(4, 4))
+
+
+def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
+    hidden, shown, half = (255, 0, 0, 0), (10, 20, 30, 255), (0, 0, 0, 128)
+    rgba = Image.new("RGBA", (3, 1))
+    for column, pixel in enumerate((hidden, shown, half)):
+        rgba.putpixel((column, 0), pixel)
+    rgba.save(tmp_path / "rgba.png")
+    result = read_image(tmp_path / "rgba.png", preprocessing(1, 3))
+    assert result[:, 0].T.tolist() == [[255, 255, 255], [10, 20, 30], [127, 127, 127]]
+
+    Image.merge("LA", [Image.new("L", (2, 2), 40), Image.new("L", (2, 2), 0)]).save(tmp_path / "la.png")
+    assert read_image(tmp_path / "la.png", preprocessing(2, 2, channels=1)).unique().tolist() == [255]
+
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / "p.png", transparency=0)
+    assert read_image(tmp_path / "p.png", preprocessing(1, 2))[:, 0].T.tolist() == [[255, 255, 255], [0, 0, 255]]
+
+    Image.frombytes("I;16", (2, 1), struct.pack("<HH", 0, 30000)).save(tmp_path / "i.png", transparency=30000)
+    assert read_image(tmp_path / "i.png", preprocessing(1, 2, channels=1)).flatten().tolist() == [0, 255]
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("YCbCr", (76, 85, 255), (254, 0, 0)),
+        ("LAB", (255, 128, 128), (255, 255, 255)),
+        ("1", 1, (255, 255, 255)),
+        ("L", 90, (90, 90, 90)),
+    ],
+)
+def test_other_modes_are_converted(
+    tmp_path: Path, mode: str, colour: int | tuple[int, ...], expected: tuple[int, int, int]
+) -> None:
+    Image.new(mode, (4, 4), colour).save(tmp_path / "a.tif")
+    result = read_image(tmp_path / "a.tif", preprocessing(4, 4))
+    assert (result[:, 0, 0] - torch.tensor(expected)).abs().max() <= 2
+    assert read_image(tmp_path / "a.tif", preprocessing(4, 4, channels=1)).shape == (1, 4, 4)
+
+
+def test_adobe_cmyk_jpeg_is_not_inverted(tmp_path: Path) -> None:
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
+    assert (read_image(tmp_path / "a.jpg", preprocessing(8, 8))[:, 4, 4] - torch.tensor([255, 0, 0])).abs().max() <= 4
+
+
+def test_first_frame_of_an_animation(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
+    for name in ("GIF", "WEBP", "PNG", "TIFF"):
+        options = {"lossless": True} if name == "WEBP" else {}
+        frames[0].save(tmp_path / "a", format=name, save_all=True, append_images=frames[1:], **options)
+        assert read_image(tmp_path / "a", preprocessing(4, 4))[:, 0, 0].tolist() == [255, 0, 0], name
+
+
+def test_scaled_to_cover_then_cropped_in_the_centre(tmp_path: Path) -> None:
+    # Left and right thirds are red, the middle is a grey ramp from top to bottom: only the middle survives.
+    image = Image.new("RGB", (120, 40), "red")
+    ramp_HW = np.linspace(0, 255, 40).round().astype(np.uint8)[:, None].repeat(40, 1)
+    image.paste(Image.fromarray(ramp_HW).convert("RGB"), (40, 0))
+    image.save(tmp_path / "a.png")
+    result = read_image(tmp_path / "a.png", preprocessing(20, 20)).float()
+    assert (result[0] - result[2]).abs()[:, 1:-1].max() == 0  # no red
+    expected_H = torch.from_numpy(ramp_HW[:, 0].reshape(20, 2).mean(1)).float()
+    assert (result[1, 2:-2, 10] - expected_H[2:-2]).abs().max() <= 2
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (1, 1), (7, 4001), (333, 332)])
+def test_extreme_shapes_are_fitted_without_growing(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size, (1, 2, 3)).save(tmp_path / "a.png")
+    for height, width in ((8, 8), (8, 31), (31, 8)):
+        result = read_image(tmp_path / "a.png", preprocessing(height, width))
+        assert result.shape == (3, height, width)
+        assert result[:, 4, 4].tolist() == [1, 2, 3]
+
+
+def test_large_jpeg_is_decoded_small_with_little_difference(tmp_path: Path) -> None:
+    image = picture(10, 10).resize((800, 800), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "a.jpg", quality=100)
+    image.save(tmp_path / "a.png")
+    difference = read_image(tmp_path / "a.jpg", preprocessing(32, 32)).float()
+    difference -= read_image(tmp_path / "a.png", preprocessing(32, 32)).float()
+    assert difference.abs().max() <= 6
+
+
+def png_header(width: int, height: int) -> bytes:
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = b"IDAT" + zlib.compress(b"")
+    chunks = [
+        struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)) for body in (header, pixels)
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("side", [7072, 10_000, 100_000])
+def test_bomb_is_refused_at_once(tmp_path: Path, side: int) -> None:
+    (tmp_path / "a.png").write_bytes(png_header(side, side))
+    start = time.perf_counter()
+    with pytest.raises(DataError) as caught:
+        read_image(tmp_path / "a.png", preprocessing(8, 8))
+    assert time.perf_counter() - start < 0.1
+    pixels = f"it has {side * side} pixels; if you trust it, raise data.max_pixels above 50000000"
+    assert str(caught.value) == f"cannot read the image ({tmp_path}/a.png): {pixels}"
+
+
+def test_pixel_limit_is_exact_and_can_be_raised(tmp_path: Path) -> None:
+    picture(10, 10).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", preprocessing(8, 8, max_pixels=100)).shape == (3, 8, 8)
+    with pytest.raises(DataError, match="it has 100 pixels"):
+        read_image(tmp_path / "a.png", preprocessing(8, 8, max_pixels=99))
+    with pytest.raises(DataError, match="it has 100 pixels"):
+        image_size(tmp_path / "a.png", max_pixels=99)
+
+
+def test_tiles_count_as_pixels(tmp_path: Path) -> None:
+    # Width, length, bits, compression, photometric, samples, tile width, tile length, tile offset, tile bytes.
+    tags = {256: 10, 257: 10, 258: 8, 259: 1, 262: 1, 277: 1, 322: 60_000, 323: 60_000, 324: 8, 325: 100}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    (tmp_path / "a.tif").write_bytes(header + entries + bytes(4 + 100))
+    with pytest.raises(DataError, match="it has 3600000000 pixels"):
+        read_image(tmp_path / "a.tif", preprocessing(8, 8))
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would block for ever
+    for path in (tmp_path / "pipe.png", tmp_path, Path("/dev/zero")):
+        with pytest.raises(DataError, match=rf"not a regular file \({path}\)"):
+            read_image(path, preprocessing(8, 8))
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "link.png").symlink_to("nowhere")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("not an image at all")
+    for name, message in {
+        "gone.png": "file or folder does not exist (",
+        "link.png": "link leads nowhere (",
+        "empty.png": "cannot read the image (",
+        "text.png": "cannot read the image (",
+        "nul\0.png": "cannot read (",
+    }.items():
+        with pytest.raises(DataError) as caught:
+            read_image(tmp_path / name, preprocessing(8, 8))
+        assert str(caught.value).startswith(message)
+        assert name.replace("\0", "\\x00") in str(caught.value)
+    with pytest.raises(DataError, match=r"text.png.*not a JPEG, PNG, WebP, GIF, BMP or TIFF file"):
+        read_image(tmp_path / "text.png", preprocessing(8, 8))
+
+
+def test_other_formats_are_not_decoded(tmp_path: Path) -> None:
+    for name in ("PPM", "TGA", "ICO", "PCX"):
+        picture(8, 8).save(tmp_path / "a.png", format=name)
+        with pytest.raises(DataError, match="not a JPEG, PNG"):
+            read_image(tmp_path / "a.png", preprocessing(8, 8))
+
+
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+def test_truncated_file_is_named(tmp_path: Path, name: str) -> None:
+    buffer = io.BytesIO()
+    picture(40, 40).save(buffer, format=name)
+    (tmp_path / "cut.bin").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    with pytest.raises(DataError, match=r"cannot read the image \(.*cut.bin\): "):
+        read_image(tmp_path / "cut.bin", preprocessing(8, 8))
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("a"),
+        PermissionError(13, "Permission denied"),
+        SyntaxError("b"),
+        struct.error("c"),
+        ValueError("d"),
+        TypeError("e"),
+        KeyError("f"),
+        IndexError("g"),
+        EOFError(),
+        MemoryError(),
+        ZeroDivisionError("h"),
+        Image.DecompressionBombError("i"),
+        zlib.error("j"),
+        UnicodeDecodeError("ascii", b"\xff", 0, 1, "k"),
+    ],
+)
+def test_every_decoder_exception_becomes_a_data_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    picture(8, 8).save(tmp_path / "a.png")
+
+    def fail(_: ImageFile.ImageFile) -> None:
+        raise error
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    with pytest.raises(DataError, match=r"cannot read the image \(.*a.png\): .") as caught:
+        read_image(tmp_path / "a.png", preprocessing(8, 8))
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
+def test_interruptions_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruption: type[BaseException]) -> None:
+    picture(8, 8).save(tmp_path / "a.png")
+
+    def fail(_: ImageFile.ImageFile) -> None:
+        raise interruption
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    with pytest.raises(interruption):
+        read_image(tmp_path / "a.png", preprocessing(8, 8))
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_mutated_files_give_an_image_or_a_data_error(tmp_path: Path, name: str) -> None:
+    buffer = io.BytesIO()
+    picture(12, 12).save(buffer, format=name, **({"compression": "tiff_lzw"} if name == "TIFF" else {}))
+    rng = random.Random(name)
+    outcomes: list[tuple[int, ...] | str] = []
+    path = tmp_path / f"a{FORMATS[name]}"
+    for _ in range(40):
+        content = bytearray(buffer.getvalue())
+        for _ in range(rng.randint(1, 6)):
+            content[rng.randrange(min(len(content), rng.choice((64, len(content)))))] = rng.randrange(256)
+        if rng.random() < 0.3:
+            del content[rng.randrange(len(content)) :]
+        path.write_bytes(content)
+        try:
+            outcomes.append(tuple(read_image(path, preprocessing(8, 10, max_pixels=10**6)).shape))
+        except DataError as error:
+            outcomes.append("named" if str(path) in str(error) else str(error))
+    possible: set[tuple[int, ...] | str] = {"named", (3, 8, 10)}
+    # Each chunk of a PNG has a checksum, so none of these passes.
+    assert set(outcomes) == (possible if name != "PNG" else {"named"})
+
+
+def test_image_paths_walks_sorted(tmp_path: Path) -> None:
+    for name in ("b/2.PNG", "b/.hidden.png", "b/notes.txt", "a/deep/1.jpg", ".secret/3.png", "c.webp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    found = image_paths([tmp_path / "b" / "notes.txt", tmp_path])
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["b/notes.txt", "a/deep/1.jpg", "b/2.PNG", "c.webp"]
+
+
+def test_image_paths_refuses_what_is_missing_or_empty(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"file or folder does not exist \(.*gone\)"):
+        image_paths([tmp_path / "gone"])
+    with pytest.raises(DataError, match=r"folder has no image \(.*\): images are files that end in .bmp .gif"):
+        image_paths([tmp_path])
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.png"))
+    picture(8, 8).save(path)
+    assert image_paths([tmp_path]) == [path]
+    assert read_image(path, preprocessing(8, 8)).shape == (3, 8, 8)
+    path.write_bytes(b"bad")
+    with pytest.raises(DataError) as caught:
+        read_image(path, preprocessing(8, 8))
+    assert "\\udcff\\udcfe.png" in str(caught.value)
+    str(caught.value).encode()  # printable
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_write_png_round_trip(tmp_path: Path, channels: int) -> None:
+    x_CHW = torch.randint(256, (channels, 5, 7), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    write_png(tmp_path / "a.png", x_CHW)
+    assert torch.equal(read_image(tmp_path / "a.png", preprocessing(5, 7, channels)), x_CHW)
+
+
+def test_truncated_images_are_never_allowed_by_the_library() -> None:
+    sources = Path(images.__file__).parent.rglob("*.py")
+    assert not [path for path in sources if "LOAD_TRUNCATED" in path.read_text()]
