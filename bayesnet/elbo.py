@@ -60,7 +60,8 @@ def trace_elbo(model: PyroProgram, guide: PyroProgram, *args: Tensor, closed_for
         >>> trace_elbo(model, guide, torch.tensor(1.0)).kl
         tensor(0.1250)
     """
-    with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
+    # A store of its own: the programs' parameters stay out of the global one, however their modules were built.
+    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
         guide_trace = poutine.trace(guide, graph_type="flat").get_trace(*args)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace), graph_type="flat").get_trace(*args)
         model_trace.compute_log_prob()

@@ -154,7 +154,7 @@ def ece_null_band(
     Reference: Bröcker & Smith, Increasing the Reliability of Reliability Diagrams, 2007 (consistency resampling).
     """
     p_NK = checked_probabilities(probabilities)
-    null_R = _null_values(_scores(p_NK, p_NK.argmax(1)), num_resamples, seed)["ece"]
+    null_R = _null_values(_scores(p_NK, p_NK.argmax(1)), ("ece",), num_resamples, seed)["ece"]
     return NullBand(*central(null_R, level), float(null_R.mean()))
 
 
@@ -242,7 +242,7 @@ def evaluate(
     num_examples = len(scores.correct_N)
     num_correct = int(scores.correct_N.sum())
     values = {name: _value(name, scores) for name in METRICS}
-    null = _null_values(scores, num_resamples, seed)
+    null = _null_values(scores, _CALIBRATION_ERRORS, num_resamples, seed)
     intervals = _intervals(scores, values, null, num_resamples, seed, level)
     intervals["accuracy"] = wilson_interval(num_correct, num_examples, level=level)
     percent = f"{100 * level:g}"
@@ -364,16 +364,13 @@ def _value(name: str, scores: Scores) -> float:
     return float(COUNTED[name](scores, ones(scores))[0])
 
 
-def _null_values(scores: Scores, num_resamples: int, seed: int) -> dict[str, Array]:
+def _null_values(scores: Scores, names: tuple[str, ...], num_resamples: int, seed: int) -> dict[str, Array]:
     """Return the calibration errors of sets of labels drawn from the model's own probabilities, each (R,)."""
     chunks = [
-        {
-            name: COUNTED[name](scores._replace(correct_N=drawn_RN), ones(scores, len(drawn_RN)))
-            for name in _CALIBRATION_ERRORS
-        }
+        {name: COUNTED[name](scores._replace(correct_N=drawn_RN), ones(scores, len(drawn_RN))) for name in names}
         for drawn_RN in calibrated_draws(scores.confidence_N, num_resamples, seed)
     ]
-    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in _CALIBRATION_ERRORS}
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in names}
 
 
 def _intervals(

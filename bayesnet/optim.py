@@ -19,6 +19,9 @@ from bayesnet.config import require
 from bayesnet.errors import CheckpointError
 from bayesnet.inference.base import Posterior
 
+PREFIX = "optimizer/"
+FUSED_DEVICES = ("cpu", "cuda")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -66,14 +69,16 @@ def build_optimizers(posterior: Posterior, config: OptimizerConfig) -> tuple[Opt
         {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    # Fused steps are one operator per group and read no step count back to the host.
+    fused = next(posterior.parameters()).device.type in FUSED_DEVICES
     optimizers: list[Optimizer] = []
     if groups and config.name == "sgd":
         momentum = config.momentum
-        optimizers.append(SGD(groups, lr=config.learning_rate, momentum=momentum, nesterov=momentum > 0))
+        optimizers.append(SGD(groups, lr=config.learning_rate, momentum=momentum, nesterov=momentum > 0, fused=fused))
     elif groups:
-        optimizers.append(AdamW(groups, lr=config.learning_rate))
+        optimizers.append(AdamW(groups, lr=config.learning_rate, fused=fused))
     if variational:
-        optimizers.append(Adam(variational, lr=config.variational_learning_rate))
+        optimizers.append(Adam(variational, lr=config.variational_learning_rate, fused=fused))
     return tuple(optimizers)
 
 
@@ -96,7 +101,7 @@ def schedule_factor(config: OptimizerConfig, step: int, num_steps: int, steps_pe
 def optimizer_tensors(module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     """Return the optimizers' state under ``optimizer/PARAMETER/KEY``: plain tensors, no pickled object."""
     return {
-        f"optimizer/{name}/{key}": value
+        f"{PREFIX}{name}/{key}": value
         for optimizer in optimizers
         for name, parameter in _owned(module, optimizer)
         for key, value in optimizer.state[parameter].items()
@@ -105,24 +110,30 @@ def optimizer_tensors(module: nn.Module, optimizers: Sequence[Optimizer]) -> dic
 
 
 def restore_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]) -> None:
-    """Put back the state that `optimizer_tensors` gave.
+    """Put back the state that `optimizer_tensors` gave; the optimizers place it on their parameters' devices.
 
     Raises:
         CheckpointError: A tensor belongs to no parameter, or has the wrong shape.
     """
-    names = {name: (optimizer, p) for optimizer in optimizers for name, p in _owned(module, optimizer)}
+    saved: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
-        prefix, _, rest = full_name.partition("/")
-        if prefix != "optimizer":
-            continue
-        name, _, key = rest.rpartition("/")
-        optimizer, parameter = names.get(name, (None, None))
-        if optimizer is None or parameter is None or (tensor.dim() and tensor.shape != parameter.shape):
-            raise CheckpointError("optimizer state does not fit the model", where=full_name)
-        # Step counts stay on the host, as the optimizers themselves keep them.
-        optimizer.state[parameter][key] = tensor.clone() if not tensor.dim() else tensor.to(parameter.device, copy=True)
+        if full_name.startswith(PREFIX):
+            name, _, key = full_name.removeprefix(PREFIX).rpartition("/")
+            saved.setdefault(name, {})[key] = tensor
+    for optimizer in optimizers:
+        state = {}
+        for index, (name, parameter) in enumerate(_owned(module, optimizer)):
+            values = saved.pop(name, {})
+            if any(tensor.dim() and tensor.shape != parameter.shape for tensor in values.values()):
+                raise CheckpointError("optimizer state does not fit the model", where=name)
+            if values:
+                state[index] = values
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if saved:
+        raise CheckpointError("optimizer state of an unknown parameter", where=next(iter(saved)))
 
 
 def _owned(module: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [(name, parameter) for name, parameter in module.named_parameters() if id(parameter) in owned]
+    """Return the optimizer's parameters with their names in the module, in the optimizer's order."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [(names[id(parameter)], parameter) for group in optimizer.param_groups for parameter in group["params"]]

@@ -87,7 +87,7 @@ def _cell(name: str, metrics: JsonObject) -> str:
     extra = ""
     if name == "ece":
         null_low, null_high = metrics["ece_null95"]
-        extra = f"<small>calibrated: {_number(name, null_low)} to {_number(name, null_high)}</small>"
+        extra = f"<small class=null>calibrated: {_number(name, null_low)} to {_number(name, null_high)}</small>"
     return f"<td>{_number(name, metrics[name])}<small>{interval}</small>{extra}</td>"
 
 
@@ -127,10 +127,11 @@ def _conformal(conformal: JsonObject | None) -> str:
         return ""
     low, high = conformal["coverage_band"]
     inside = low <= conformal["coverage"] <= high
+    asked = round(100 * (1 - conformal["alpha"]), 6)
     text = (
-        f"Asked for sets of classes that hold the right one for {1 - conformal['alpha']:.0%} of images, the "
-        f"{_text(conformal['method'])} method held it for <strong>{conformal['coverage']:.1%}</strong> of the test "
-        f"images, with <strong>{conformal['mean_set_size']:.2f}</strong> classes to a set on average. That is "
+        f"Asked for sets of classes that hold the right one for {asked:g}% of images, the "
+        f"{_text(conformal['method'].upper())} method held it for <strong>{conformal['coverage']:.1%}</strong> of the "
+        f"test images, with <strong>{conformal['mean_set_size']:.2f}</strong> classes to a set on average. That is "
         f"{'inside' if inside else 'outside'} the range that chance allows (99 %: {low:.1%} to {high:.1%}). "
         "The promise holds on average over images like those of the calibration split, not for each class."
     )
@@ -167,12 +168,13 @@ h2 { margin: 2.75rem 0 .75rem; font-size: 1.2rem; }
   font-size: 1.1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { padding: .5rem .75rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th, td { padding: .5rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 thead th { color: var(--muted); font-weight: 600; font-size: .9rem; }
 thead th[colspan] { color: var(--ink); text-align: center; font-size: 1rem; border-left: 1px solid var(--line); }
 tbody th { text-align: left; }
 td:nth-child(even) { border-left: 1px solid var(--line); }
 small { display: block; color: var(--muted); font-weight: 400; font-size: .78rem; white-space: nowrap; }
+small.null { white-space: normal; }
 .notes { padding-left: 1.1rem; color: var(--muted); font-size: .88rem; }
 .notice { padding: .5rem 1rem; border-left: 4px solid #d1495b; background: #fdf4f5; }
 figure { margin: 2.5rem 0 0; }
@@ -182,7 +184,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .4rem 1.25rem; 
 dt { font-weight: 600; }
 dd { margin: 0; }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
-@media print { body { padding: 0; max-width: none; } figure { break-inside: avoid; } }
+@media print { body { padding: 0; max-width: none; } figure, tr { break-inside: avoid; }
+  table { font-size: .75rem; } th, td { padding: .3rem .4rem; } }
 """
 
 _PAGE = """<!doctype html>

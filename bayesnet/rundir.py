@@ -184,6 +184,11 @@ class RunDirectory:
         """
         return self.summary.exists() and self.read_summary().get("finished") is True
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether a checkpoint of any model is there, unverified."""
+        return any(self.path.glob("models/*/checkpoints/step-*"))
+
     def finish(self, summary: JsonObject) -> None:
         """Write summary.json with ``finished`` true and the time, which makes the run one that `find_run` finds.
 
@@ -219,7 +224,7 @@ class RunDirectory:
         Returns:
             Whether the run was one to remove.
         """
-        if not self._fresh or any(self.path.glob("models/*/checkpoints/step-*")):
+        if not self._fresh or self.has_checkpoint:
             return False
         own = [value for value in vars(self).values() if isinstance(value, Path) and value.parent == self.path]
         for path in (*own, self.path / LOCK):

@@ -23,7 +23,7 @@ from .train import train
 BROKEN_PIPE = 141
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(bayesnet.__version__, prog_name="bayesnet")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
@@ -46,16 +46,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        result = cli.main(arguments, prog_name="bayesnet", standalone_mode=False)
+        code = _run(arguments)
         sys.stdout.flush()
-        code = result if isinstance(result, int) else 0
     except BrokenPipeError:
         # The reader went away (`bayesnet predict ... | head`). Python flushes stdout at exit: give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = BROKEN_PIPE
-    except BaseException as error:
-        code = _report(error, arguments)
     sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run the command and return its exit code. Not by click's own main, which ends a broken pipe with 1, a bug's code.
+
+    Raises:
+        BrokenPipeError: Whoever read stdout went away.
+    """
+    try:
+        with cli.make_context("bayesnet", arguments) as context:
+            result = cli.invoke(context)
+    except BrokenPipeError:
+        raise
+    except click.exceptions.Exit as leave:  # --help and --version
+        return leave.exit_code
+    except BaseException as error:
+        return _report(error, arguments)
+    return result if isinstance(result, int) else 0
 
 
 def _report(error: BaseException, arguments: Sequence[str]) -> int:

@@ -36,9 +36,9 @@ def predict(
 
     from .render import print_json, print_predictions
 
+    record = workflows.predict(paths, run=run, model=model, interval=interval, samples=samples, devices=devices)
     if samples is not None and samples < 128:
         click.echo(f"{samples} draws: intervals are coarse below 128", err=True)
-    record = workflows.predict(paths, run=run, model=model, interval=interval, samples=samples, devices=devices)
     for entry in record["skipped"]:
         click.echo(f"skipped {printable(entry['reason'])}", err=True)
     if as_json:

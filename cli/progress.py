@@ -43,7 +43,7 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.armed or self._pending is not None:
-            raise InterruptedRunError(number, hint="checkpoints committed earlier are kept")
+            raise InterruptedRunError(number, saved=False)
         self._pending = number
 
 

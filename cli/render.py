@@ -147,7 +147,10 @@ def _table(title: str | None, headers: Sequence[str], rows: Sequence[Sequence[st
     for row in rows:
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 240
-    Console(width=width, markup=False, highlight=False, emoji=False).print(table)
+    console = Console(width=width, markup=False, highlight=False, emoji=False)
+    with console.capture() as text:  # rich itself would end a broken pipe with exit code 1
+        console.print(table)
+    click.echo(text.get(), nl=False)
 
 
 def _say(text: str) -> None:

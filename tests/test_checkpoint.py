@@ -249,6 +249,17 @@ def test_newest_lists_again_when_a_writer_pruned_meanwhile(tmp_path: Path, monke
     assert (newest.step, rejected) == (2, ())
 
 
+def test_newest_says_nothing_of_what_was_pruned_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {}, {})
+    listed = list_checkpoints(tmp_path)
+    shutil.rmtree(tmp_path / "step-00000002")
+    monkeypatch.setattr(checkpoint, "list_checkpoints", lambda directory: listed)
+    newest, rejected = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert (newest.step, rejected) == (1, ())
+
+
 def test_prune_keeps_what_it_is_told_to(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save_checkpoint(tmp_path, step, {}, {})

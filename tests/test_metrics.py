@@ -1,11 +1,12 @@
 """Metrics against scikit-learn, brute force and each other; their intervals against simulated truth.
 
-False alarms: seeds are fixed, so a green test stays green. Under fresh seeds each stochastic bound below is exceeded with the
-probability that its comment states.
+Seeds are fixed, so a green test stays green; under fresh seeds each stochastic bound is exceeded with the probability
+that its comment states.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_
 from bayesnet import metrics
 from bayesnet.errors import ConfigError
 from bayesnet.metrics import METRICS, evaluate, paired_difference
-from bayesnet.resampling import bin_index, bootstrap_counts, calibrated_draws, wilson_interval
+from bayesnet.resampling import COUNTED, bin_index, bootstrap_counts, calibrated_draws, wilson_interval
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -41,7 +42,7 @@ def draw_model(num_examples: int, num_classes: int, seed: int, *, decimals: int 
 def draw_labels(p: Array, seed: int) -> Labels:
     """Labels drawn from the model's own probabilities: it is then perfectly calibrated."""
     u = np.random.default_rng(seed).random((len(p), 1))
-    return np.minimum((u > p.cumsum(1)).sum(1), p.shape[1] - 1)
+    return np.asarray(np.minimum((u > p.cumsum(1)).sum(1), p.shape[1] - 1), np.int64)
 
 
 def brute_ece(p: Array, y: Labels) -> tuple[float, float]:
@@ -67,7 +68,7 @@ def brute_ace(p: Array, y: Labels) -> float:
     rows, n = tie_averaged(p, y), len(y)
     count = min(15, n)
     cuts = [b * n // count for b in range(count + 1)]
-    return sum(abs(sum(c - a for c, a in rows[i:j])) for i, j in zip(cuts, cuts[1:], strict=False)) / n
+    return sum(abs(sum(c - a for c, a in rows[i:j])) for i, j in itertools.pairwise(cuts)) / n
 
 
 def brute_aurc(p: Array, y: Labels) -> float:
@@ -102,7 +103,7 @@ def test_against_scikit_learn(decimals: int | None) -> None:
     assert metrics.nll(p, y) == pytest.approx(log_loss(y, p, labels=range(6)), abs=1e-12)
     assert metrics.brier(p, y) == pytest.approx(brier_score_loss(y, p, labels=range(6)), abs=1e-12)
     wrong = p.argmax(1) != y
-    assert metrics.auroc_error(p, y) == pytest.approx(roc_auc_score(wrong, 1 - p.max(1)), abs=1e-12)
+    assert metrics.auroc_error(p, y) == pytest.approx(roc_auc_score(wrong, -p.max(1)), abs=1e-12)
 
 
 def test_aurc_is_the_expectation_over_tie_orders() -> None:
@@ -127,7 +128,7 @@ def test_counts_equal_repeating_the_examples(name: str) -> None:
     counts = np.random.default_rng(9).multinomial(60, np.full(60, 1 / 60))
     scores = metrics._scores(p, y)
     order = np.argsort(p.max(1), kind="stable")
-    weighted = metrics.COUNTED[name](scores, counts[order][None].astype(float))[0]
+    weighted = COUNTED[name](scores, counts[order][None].astype(float))[0]
     plain = METRICS[name].function(np.repeat(p, counts, axis=0), np.repeat(y, counts))
     assert weighted == pytest.approx(plain, abs=1e-12)
 
@@ -203,7 +204,7 @@ def test_half_precision_is_computed_in_float64() -> None:
         ([[0.5, 0.5]], [1]),  # one example, tied classes: the first is predicted
         ([[0.9, 0.1]] * 4, [0] * 4),  # all right
         ([[0.9, 0.1]] * 4, [1] * 4),  # all wrong
-        ([[0.2] * 5] * 7, list(range(5)) + [0, 0]),  # all confidences tie
+        ([[0.2] * 5] * 7, [0, 1, 2, 3, 4, 0, 0]),  # all confidences tie
         (np.eye(3), [0, 1, 2]),  # exactly 0 and 1
     ],
 )

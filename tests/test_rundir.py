@@ -78,6 +78,21 @@ def test_create_on_a_run_says_whether_it_is_busy_or_just_there(tmp_path: Path) -
         RunDirectory.create(run.path, "")
 
 
+def test_create_loses_to_a_start_between_its_look_and_its_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = storage.write_new
+
+    def second(path: Path, data: bytes) -> None:
+        real(path, b"{}")  # the other process claims first
+        real(path, data)
+
+    monkeypatch.setattr(storage, "write_new", second)
+    with pytest.raises(BusyError, match="another process is starting a run in the directory"):
+        RunDirectory.create(tmp_path / "run", "")
+    assert (tmp_path / "run" / ".lock").read_bytes() == b"{}"
+
+
 def test_create_reports_what_the_file_system_refuses_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from bayesnet import storage
 from bayesnet.errors import CheckpointError, StorageError
+from bayesnet.types import JsonObject
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -232,7 +233,8 @@ def test_a_failed_append_leaves_the_complete_lines(tmp_path: Path, monkeypatch: 
 
 def test_write_lines_replaces_all_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    for records in ([{"a": 1}, {"b": math.inf}], [{"c": "\udcff\n"}], []):
+    contents: list[list[JsonObject]] = [[{"a": 1}, {"b": math.inf}], [{"c": "\udcff\n"}], []]
+    for records in contents:
         storage.write_lines(path, records)
         assert storage.read_lines(path) == storage.json_ready(records)
     assert os.listdir(tmp_path) == ["metrics.jsonl"]  # noqa: PTH208

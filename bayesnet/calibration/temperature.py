@@ -53,7 +53,8 @@ class Temperature(Calibrator):
     @property
     def at_bound(self) -> bool:
         """Whether T is at an end of its range: every label was the top class (low end) or labels look random (high)."""
-        return self.temperature in (MIN_TEMPERATURE, MAX_TEMPERATURE)
+        bounds = (MIN_TEMPERATURE, MAX_TEMPERATURE)
+        return any(math.isclose(self.temperature, bound, rel_tol=1e-4) for bound in bounds)
 
     def to_json(self) -> JsonObject:
         """Return the name and the temperature."""

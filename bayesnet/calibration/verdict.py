@@ -50,7 +50,7 @@ def _comparison(after: Mapping[str, JsonObject], differences: Mapping[str, JsonO
         if difference is None:
             infinite.append(title)
             continue
-        clause = f"{title} ({_values(metric, after)}, difference {_range(metric, difference, low, high)})"
+        clause = f"{title} ({_values(metric, after)}, difference {_ends(metric, low, high)} at 95 %)"
         if low <= 0 <= high:
             undecided.append(clause)
         else:
@@ -58,8 +58,8 @@ def _comparison(after: Mapping[str, JsonObject], differences: Mapping[str, JsonO
             better["bayesian" if bayesian else "deterministic"].append(clause)
     clauses = [f"the {_MODELS[name]} model is better on {_join(found)}" for name, found in better.items() if found]
     if undecided:
-        start = "" if clauses else "neither model is shown to be better: "
-        clauses.append(f"{start}the 95 % interval of the difference contains 0 on {_join(undecided)}")
+        start = "no difference is established" if clauses else "neither model is shown to be better"
+        clauses.append(f"{start} on {_join(undecided)}")
     if infinite:
         clauses.append(f"{_join(infinite)} cannot be compared as a test label was given probability 0")
     return "; ".join(clauses)
@@ -79,12 +79,11 @@ def _single(name: str, metrics: JsonObject) -> str:
 
 
 def _values(metric: str, after: Mapping[str, JsonObject]) -> str:
-    return " against ".join(f"{_number(metric, after[name][metric])} {_MODELS[name]}" for name in _MODELS)
+    return ", ".join(f"{title} {_number(metric, after[name][metric])}" for name, title in _MODELS.items())
 
 
-def _range(metric: str, difference: float, low: float, high: float) -> str:
-    ends = f"{_number(metric, low, sign='+')} to {_number(metric, high, sign='+')}"
-    return f"{_number(metric, difference, sign='+')}, 95 % interval {ends}"
+def _ends(metric: str, low: float, high: float) -> str:
+    return f"{_number(metric, low, sign='+')} to {_number(metric, high, sign='+')}"
 
 
 def _number(metric: str, value: float, *, sign: str = "") -> str:

@@ -23,7 +23,7 @@ class DataConfig:
     Args:
         spec: ``digits`` or ``folder:PATH``.
         image_size: Height and width, pixels; 0 chooses them from the data.
-        channels: 1 (grey) or 3 (RGB); 0 takes what the data set has.
+        channels: 1 (grey) or 3 (RGB); 0 means 1 for digits and 3 for folders.
         fractions: Shares of train, validation, calibration and test, for the splits that are not given as folders.
         seed: Seed of the splits, apart from the seed of training, so that runs can be compared on the same test split.
         crop_padding: Largest random shift of a training image, pixels.

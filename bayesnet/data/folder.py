@@ -20,7 +20,7 @@ from bayesnet.data.images import image_size
 from bayesnet.data.preprocessing import Preprocessing, channel_statistics
 from bayesnet.data.scan import Scan, SourceFile, scan_folder
 from bayesnet.data.splits import check_every_class, stratified_split
-from bayesnet.errors import ConfigError
+from bayesnet.errors import ConfigError, printable
 
 SIZE_SAMPLE = 200
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 8, 224, 8
@@ -49,21 +49,14 @@ def load_folder(config: DataConfig, argument: str, preprocessing: Preprocessing 
     files, carve_notes = _four_splits(scan, config, root)
     notes = [*scan.notes, *carve_notes]
     if preprocessing is None:
-        preprocessing, size_note = _blank(config, files["train"])
+        blank, size_note = _blank(config, files["train"])
         notes.append(size_note)
-        blank = True
-    else:
-        blank = False
-    examples: dict[str, FileExamples] = {}
-    left = config.cache_megabytes * 10**6
-    for split in SPLITS:
-        paths = [file.path for file, _ in files[split]]
-        labels_N = torch.tensor([label for _, label in files[split]], dtype=torch.int64)
-        examples[split] = FileExamples(paths, labels_N, preprocessing, left)
-        left -= examples[split].pixel_bytes if examples[split].cached else 0
-    if blank:  # reading needs no statistics, so the examples that measure them keep what they decode
+        # Reading needs no statistics, so the examples that measure them go on with the pixels they decoded.
+        examples = _examples(files, blank, config.cache_megabytes * 10**6)
         mean, std = channel_statistics(examples["train"])
-        preprocessing = dataclasses.replace(preprocessing, mean=mean, std=std)
+        preprocessing = dataclasses.replace(blank, mean=mean, std=std)
+    else:
+        examples = _examples(files, preprocessing, config.cache_megabytes * 10**6)
     return ImageData(
         name="folder",
         spec=f"folder:{root}",
@@ -73,7 +66,7 @@ def load_folder(config: DataConfig, argument: str, preprocessing: Preprocessing 
         validation=examples["validation"],
         calibration=examples["calibration"],
         test=examples["test"],
-        notes=tuple(notes),
+        notes=tuple(map(printable, notes)),
         fingerprint=_fingerprint(files, scan.classes, root),
     )
 
@@ -97,11 +90,25 @@ def _four_splits(scan: Scan, config: DataConfig, root: Path) -> tuple[dict[str, 
         check_every_class(parts, labels_N, scan.classes, "data.fractions")
         found |= {split: [whole[index] for index in part.tolist()] for split, part in zip(carved, parts, strict=True)}
         counts = ", ".join(f"{len(found[split])} {split}" for split in carved)
+        missing = " and ".join(filter(None, [", ".join(carved[1:-1]), carved[-1]]))
         notes.append(
-            f"There is no folder for {' and '.join(carved[1:])}: carved from the training images by class "
+            f"There is no folder for {missing}: carved from the training images by class "
             f"and seed {config.seed} ({counts})."
         )
     return found, [note for note in notes if note]
+
+
+def _examples(
+    files: Mapping[str, Sequence[Labelled]], preprocessing: Preprocessing, cache_bytes: int
+) -> dict[str, FileExamples]:
+    """Return the examples of each split; the cache goes to the first splits that fit, train before all."""
+    examples: dict[str, FileExamples] = {}
+    for split in SPLITS:
+        paths = [file.path for file, _ in files[split]]
+        labels_N = torch.tensor([label for _, label in files[split]], dtype=torch.int64)
+        examples[split] = FileExamples(paths, labels_N, preprocessing, cache_bytes)
+        cache_bytes -= examples[split].pixel_bytes if examples[split].cached else 0
+    return examples
 
 
 def _absent(split: str, by_class: Mapping[str, Sequence[SourceFile]], classes: Sequence[str]) -> str:

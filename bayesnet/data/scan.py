@@ -141,7 +141,7 @@ class _Walker:
     def notes(self) -> tuple[str, ...]:
         """Return one sentence per kind of thing that was passed over."""
         return tuple(
-            f"Passed over {len(paths)} {kind}, the first is {next(iter(paths)).relative_to(self.root)}."
+            f"Passed over {kind}: {len(paths)}, the first is {next(iter(paths)).relative_to(self.root)}."
             for kind, paths in self._passed_over.items()
         )
 

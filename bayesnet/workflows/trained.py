@@ -153,7 +153,12 @@ def load_calibrator(run: RunDirectory, model: TrainedModel) -> Calibrator:
         CheckpointError: calibration.json is damaged, or belongs to another checkpoint.
     """
     record = load_calibration(run, model)
-    return Identity() if record is None else calibrator_from_json(record["calibrator"])
+    if record is None:
+        return Identity()
+    try:
+        return calibrator_from_json(record["calibrator"])
+    except ConfigError as error:
+        raise CheckpointError("cannot use the calibration", where=run.calibration, hint=str(error)) from error
 
 
 def load_calibration(run: RunDirectory, model: TrainedModel) -> JsonObject | None:
@@ -166,7 +171,7 @@ def load_calibration(run: RunDirectory, model: TrainedModel) -> JsonObject | Non
         return None
     try:
         record: JsonObject = run.read_json(run.calibration.name)["models"][model.name]
-        digest, _ = record["digest"], record["calibrator"]
+        digest, _ = record["digest"], (record["calibrator"], record["threshold"], record["after"])
     except (KeyError, TypeError) as error:
         raise CheckpointError("not a calibration", where=run.calibration, hint="run `bayesnet calibrate`") from error
     if digest != model.digest:

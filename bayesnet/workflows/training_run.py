@@ -132,16 +132,27 @@ def _load(settings: Settings, listener: TrainListener) -> ImageData:
 
 
 def _train(settings: Settings, context: RunContext) -> JsonObject:
+    """Train and evaluate; where a signal ends it and a checkpoint is there, say how to go on.
+
+    Raises:
+        InterruptedRunError: A signal arrived.
+    """
+    run = context.run
+    try:
+        return _fit_and_evaluate(settings, context)
+    except InterruptedRunError as error:
+        if not run.has_checkpoint:
+            raise
+        hint = f"continue with `bayesnet train --resume {run.path}`"
+        raise InterruptedRunError(error.exit_code - 128, where=run.path, hint=hint) from None
+
+
+def _fit_and_evaluate(settings: Settings, context: RunContext) -> JsonObject:
     """Train the twin and, where the settings are Bayesian, the Bayesian model; evaluate both; finish the run."""
     started = time.perf_counter()
     run, data = context.run, context.data
     variants = {model_name(each): each for each in (settings.twin(), settings)}
-    try:
-        fits = {name: fit_model(name, variant, context) for name, variant in variants.items()}
-    except InterruptedRunError as error:
-        raise InterruptedRunError(
-            error.exit_code - 128, where=run.path, hint=f"continue with `bayesnet train --resume {run.path}`"
-        ) from None
+    fits = {name: fit_model(name, variant, context) for name, variant in variants.items()}
     models: JsonObject = {name: _fit_record(variants[name], result) for name, result in fits.items()}
     _write_example_images(run, data)
     summary: JsonObject = {

@@ -51,7 +51,7 @@ def test_class_folders_are_carved_into_four(make_folder: MakeFolder) -> None:
         for index, label in enumerate(part.labels_N.tolist()):
             assert Path(part.name(index)).parent.name == data.classes[label]
     assert data.notes == (
-        "There is no folder for validation and calibration and test: carved from the training images by class and "
+        "There is no folder for validation, calibration and test: carved from the training images by class and "
         "seed 0 (18 train, 3 validation, 3 calibration, 6 test).",
         "Images are 10 x 8 pixels and are used as they are.",
     )
@@ -122,14 +122,14 @@ def test_sub_folders_of_a_class_and_other_files(make_folder: MakeFolder) -> None
     data = load(root)
     assert len(relative(data, root)) == 16
     assert data.notes[:2] == (
-        "Passed over 1 files beside the folders, the first is README.",
-        "Passed over 2 files that are not images, the first is a/Thumbs.db.",
+        "Passed over files beside the folders: 1, the first is README.",
+        "Passed over files that are not images: 2, the first is a/Thumbs.db.",
     )
 
 
 def test_folders_beside_the_splits_are_mentioned(make_folder: MakeFolder) -> None:
     root = make_folder(SPLIT_LAYOUT | {"extra": 2})
-    assert load(root).notes[0] == "Passed over 1 folders beside the splits, the first is extra."
+    assert load(root).notes[0] == "Passed over folders beside the splits: 1, the first is extra."
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_link_loops_add_nothing(make_folder: MakeFolder) -> None:
     (root / "b" / "again").symlink_to("deep")
     data = load(root)
     assert len(relative(data, root)) == len(set(relative(data, root))) == 18
-    assert data.notes[0] == "Passed over 3 links to folders, the first is a/loop."
+    assert data.notes[0] == "Passed over links to folders: 3, the first is a/loop."
 
 
 @pytest.mark.parametrize("target", ["folder", "file", "class"])
@@ -186,7 +186,7 @@ def test_links_inside_the_root_work_and_no_file_counts_twice(make_folder: MakeFo
     (root / "train" / "cat" / "twice.png").symlink_to("linked.png")
     data = load(root)
     assert len(data.train) == 7
-    assert "Passed over 1 links to a file of the same class, the first is train/cat/twice.png." in data.notes
+    assert "Passed over links to a file of the same class: 1, the first is train/cat/twice.png." in data.notes
     (root / "test" / "cat" / "leak.png").symlink_to("../../pool/0.png")
     with pytest.raises(DataError, match=r"the same file as .*train/cat/linked.png \(.*test/cat/leak.png\)"):
         load(root)
@@ -218,7 +218,10 @@ def test_names_that_are_not_utf8(make_folder: MakeFolder) -> None:
     data = load(root)
     assert data.classes == ("a", name)
     data.train.verify()
-    assert len(data.fingerprint) == 64
+    (root / "a" / f"{name}.txt").touch()
+    again = load(root)
+    assert again.fingerprint == data.fingerprint
+    assert again.notes[0].endswith(r"the first is a/\udcff\udcfe\n.txt.")
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,8 @@ def test_normalize_is_the_formula_and_leaves_its_input() -> None:
         torch.testing.assert_close(result[:, channel], expected.float())
     assert result.dtype == torch.float32
     assert torch.equal(x_BCHW, before)
+    # A tensor on the meta device has no values: any look at one would raise.
+    assert RGB.normalize(x_BCHW.to("meta")).shape == (2, 3, 4, 5)
 
 
 def test_channel_statistics_match_torch() -> None:

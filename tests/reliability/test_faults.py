@@ -93,6 +93,7 @@ def test_a_save_that_fails_at_any_call_keeps_the_previous_checkpoint(tmp_path: P
         committed = any(call == "rename" and name.startswith(".tmp-") for call, name in earlier)
         assert newest.state["attempt"] == (2 if committed else 1)
         assert newest.tensors["w"][0] == newest.state["attempt"]
+        assert newest.path.name == f"step-{newest.step:08d}"  # not .old: what stepped aside stepped back
         assert raised is not None or committed
         assert temporaries(directory) == []
         refusals += raised is not None

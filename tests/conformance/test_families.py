@@ -1,0 +1,146 @@
+"""Every family passes the conformance suite, and the suite rejects families with planted faults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from bayesnet.inference import FAMILIES, mean_field
+from bayesnet.inference.base import Family, Parts, Posterior
+from bayesnet.inference.mean_field import MeanField, MeanFieldConfig
+from bayesnet.testing import (
+    CHECKS,
+    check_batches_add_up,
+    check_draws_ignore_companions,
+    check_draws_match_moments,
+    check_loss_ignores_order_and_duplicates,
+    check_no_shared_storage,
+    check_particles_equal_a_loop,
+    check_same_seed_same_logits,
+    check_scale_is_fitted,
+)
+from bayesnet.types import LogitGaussian, Loss
+
+Check = Callable[[Family], None]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_family_conforms(name: str, check: Check) -> None:
+    check(FAMILIES[name])
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_weight_estimator_conforms(check: Check) -> None:
+    check(_mean_field(lambda parts, config: MeanField(parts, _with_weight_estimator(config))))
+
+
+class KLPerBatch(MeanField):
+    """Divides the KL by the batch instead of N."""
+
+    def loss_from_features(self, features_BD: torch.Tensor, y_B: torch.Tensor) -> Loss:
+        loss = super().loss_from_features(features_BD, y_B)
+        return Loss(loss.nll + loss.kl / len(y_B), loss.nll, loss.kl)
+
+
+class SummedNLL(MeanField):
+    """Sums the batch's NLL instead of averaging it."""
+
+    def loss_from_features(self, features_BD: torch.Tensor, y_B: torch.Tensor) -> Loss:
+        loss = super().loss_from_features(features_BD, y_B)
+        nll = loss.nll * len(y_B)
+        return Loss(nll + loss.kl / self.num_examples, nll, loss.kl)
+
+
+class ScaleInTheBackbonesOptimizer(MeanField):
+    """Leaves the variational parameters to the backbone's SGD."""
+
+    def variational_parameters(self) -> tuple[()]:
+        return ()
+
+
+class FreshNoise(MeanField):
+    """Predicts with new random numbers each time."""
+
+    def draws_from_features(self, features_BD: torch.Tensor, num_samples: int) -> torch.Tensor:
+        moments = self.head.logit_moments(features_BD)
+        return moments.mean_BK + moments.scale_BK * torch.randn(num_samples, *moments.mean_BK.shape)
+
+
+class BatchCentred(MeanField):
+    """Standardises features by the batch's own mean."""
+
+    def features(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        features_BD = super().features(x_BCHW)
+        return features_BD - features_BD.mean(0)
+
+
+class SharedTensor(MeanField):
+    """Registers one tensor twice."""
+
+    def __init__(self, parts: Parts, config: MeanFieldConfig) -> None:
+        super().__init__(parts, config)
+        self.register_buffer("again", self.model.head.prior_scale)
+
+
+class ReusedParticle(MeanField):
+    """Uses the first weight draw for all."""
+
+    def logits(self, x_BCHW: torch.Tensor, num_samples: int) -> torch.Tensor:
+        return super().logits(x_BCHW, num_samples)[:1].expand(num_samples, -1, -1)
+
+
+class ScaleTooSmall(MeanField):
+    """Predicts with 0.9 of the scale."""
+
+    def draws_from_features(self, features_BD: torch.Tensor, num_samples: int) -> torch.Tensor:
+        mean_BK = self.head.logit_moments(features_BD).mean_BK
+        return mean_BK + 0.9 * (super().draws_from_features(features_BD, num_samples) - mean_BK)
+
+
+PLANTED: list[tuple[type[MeanField], Check]] = [
+    (KLPerBatch, check_batches_add_up),
+    (SummedNLL, check_loss_ignores_order_and_duplicates),
+    (ScaleInTheBackbonesOptimizer, check_scale_is_fitted),
+    (FreshNoise, check_same_seed_same_logits),
+    (BatchCentred, check_draws_ignore_companions),
+    (SharedTensor, check_no_shared_storage),
+    (ReusedParticle, check_particles_equal_a_loop),
+    (ScaleTooSmall, check_draws_match_moments),
+]
+
+
+@pytest.mark.parametrize(("planted", "check"), PLANTED, ids=lambda value: value.__name__)
+def test_planted_fault_is_caught(planted: type[MeanField], check: Check) -> None:
+    with pytest.raises(AssertionError):
+        check(_mean_field(planted))
+
+
+def test_moments_have_the_shapes_of_the_contract() -> None:
+    moments = _moments()
+    assert moments.mean_BK.shape == moments.scale_BK.shape == (5, 3)
+    assert moments.factor_BKR.shape == (5, 3, 0)
+    assert (moments.scale_BK > 0).all()
+
+
+def _moments() -> LogitGaussian:
+    parts = Parts(_Features(), 3, 10)
+    posterior = MeanField(parts, MeanFieldConfig())
+    return posterior.head.logit_moments(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
+
+
+class _Features(torch.nn.Module):
+    num_features = 4
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return x_BCHW.flatten(1)
+
+
+def _mean_field(build: Callable[[Parts, MeanFieldConfig], Posterior]) -> Family:
+    return mean_field.FAMILY._replace(build=build)
+
+
+def _with_weight_estimator(config: MeanFieldConfig) -> MeanFieldConfig:
+    return MeanFieldConfig(initial_scale=config.initial_scale, estimator="weight")
