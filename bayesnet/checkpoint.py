@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from bayesnet import storage
+from bayesnet import storage, strict_json
 from bayesnet.errors import CheckpointError
 from bayesnet.types import JsonObject
 
@@ -35,7 +35,7 @@ MAX_TENSORS_BYTES = 8 * 2**30
 MAX_HEADER_BYTES = 10_000_000
 MAX_MANIFEST_BYTES = 10_000
 
-_LIMITS = {TENSORS: MAX_TENSORS_BYTES, STATE: storage.MAX_JSON_BYTES}
+_LIMITS = {TENSORS: MAX_TENSORS_BYTES, STATE: strict_json.MAX_JSON_BYTES}
 _NAME = re.compile(r"step-([0-9]{8,18})(\.old)?")
 _DAMAGED = "delete this checkpoint or restore it from a copy"
 _RELISTINGS = 5
@@ -80,7 +80,7 @@ def save_checkpoint(directory: Path, step: int, tensors: Mapping[str, Tensor], s
         StorageError: The file system refused. Earlier checkpoints stand and no temporary file is left.
         ValueError: Tensors share storage or have an unsupported dtype, or a limit or the rules of ``state`` are broken.
     """
-    state_bytes = storage.json_bytes({"step": step, "state": storage.json_ready(state)})
+    state_bytes = strict_json.json_bytes({"step": step, "state": strict_json.json_ready(state)})
     files = {TENSORS: _serialise(tensors), STATE: state_bytes}
     for name, data in files.items():
         if len(data) > _LIMITS[name]:
@@ -122,7 +122,7 @@ def load_checkpoint(path: Path, *, digest: str | None = None) -> Checkpoint:
         )
     sizes_and_hashes = _parse_manifest(manifest_bytes, path / MANIFEST)
     data = {name: _read_verified(path / name, *entry) for name, entry in sizes_and_hashes.items()}
-    record = storage.parse_json(data[STATE], where=path / STATE)
+    record = strict_json.parse_json(data[STATE], where=path / STATE)
     step, state = record.get("step"), record.get("state")
     if type(step) is not int or step < 0 or not isinstance(state, dict) or len(record) != 2:
         raise CheckpointError("not a checkpoint's state", where=path / STATE, hint=_DAMAGED)
@@ -270,7 +270,7 @@ def _check_header(data: bytes, where: object) -> None:
         raise CheckpointError(f"header has {length} bytes, more than {MAX_HEADER_BYTES}", where=where)
     if len(data) < 8 + length:
         raise CheckpointError("header is cut off", where=where)
-    storage.parse_json(data[8 : 8 + length], where=where)
+    strict_json.parse_json(data[8 : 8 + length], where=where)
 
 
 def _manifest(files: Mapping[str, bytes]) -> bytes:
@@ -278,7 +278,7 @@ def _manifest(files: Mapping[str, bytes]) -> bytes:
     entries = {
         name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in sorted(files.items())
     }
-    return storage.json_bytes({"schema_version": SCHEMA_VERSION, "files": entries})
+    return strict_json.json_bytes({"schema_version": SCHEMA_VERSION, "files": entries})
 
 
 def _read_manifest(path: Path) -> bytes:
@@ -298,7 +298,7 @@ def _read_manifest(path: Path) -> bytes:
 
 def _parse_manifest(data: bytes, where: Path) -> dict[str, tuple[int, str]]:
     """Return name to (size, SHA-256) for exactly the two expected files."""
-    record = storage.parse_json(data, where=where)
+    record = strict_json.parse_json(data, where=where)
     version, files = record.get("schema_version"), record.get("files")
     if type(version) is int and version > SCHEMA_VERSION:
         hint = f"upgrade bayesnet: this one reads versions up to {SCHEMA_VERSION}"
@@ -316,7 +316,7 @@ def _parse_manifest(data: bytes, where: Path) -> dict[str, tuple[int, str]]:
         if size > limit:
             raise CheckpointError(f"{name} has {size} bytes, more than {limit}", where=where)
         entries[name] = (size, sha256)
-    if storage.json_bytes(record) != data:  # one spelling only, so that any changed byte shows
+    if strict_json.json_bytes(record) != data:  # one spelling only, so that any changed byte shows
         raise CheckpointError("manifest was edited", where=where, hint=_DAMAGED)
     return entries
 

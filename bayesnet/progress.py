@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -126,7 +127,7 @@ class Progress:
         """
         try:
             progress = cls(**values)
-            progress.reports = [EpochReport(*report) for report in progress.reports]
+            progress.reports = [_report(values) for values in progress.reports]
             progress.best_nll = math.inf if values["best_nll"] is None else float(values["best_nll"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError("malformed progress in the checkpoint", hint=str(error)) from error
@@ -148,3 +149,9 @@ class Progress:
             initial_scale=self.initial_scale,
             final_scale=self.reports[-1].posterior_scale,
         )
+
+
+def _report(values: Sequence[float | None]) -> EpochReport:
+    """Return a report from JSON, where a validation NLL that is no number was written as null."""
+    report = EpochReport(*values)  # type: ignore[arg-type]
+    return report._replace(validation_nll=math.nan if report.validation_nll is None else report.validation_nll)

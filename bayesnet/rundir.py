@@ -7,19 +7,16 @@ commands that are given no run take the newest finished one.
 from __future__ import annotations
 
 import contextlib
-import errno
-import importlib.util
-import os
-import platform
 import re
 import secrets
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from bayesnet import storage
 from bayesnet.errors import BusyError, CheckpointError, ConfigError, StorageError
+from bayesnet.locking import acquire, owner
 from bayesnet.types import JsonObject
 
 LOCK = ".lock"
@@ -30,8 +27,6 @@ _MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _MAX_LABEL = 60
 _MAX_NAMES = 100
-_HAS_FLOCK = importlib.util.find_spec("fcntl") is not None
-_held: set[int] = set()
 
 
 class RunDirectory:
@@ -78,7 +73,7 @@ class RunDirectory:
         with storage.storage_errors("cannot create the run directory", out or root):
             path, created = _claim_new(root, label) if out is None else _claim_empty(out)
             try:
-                storage.write_new(path / LOCK, _owner())  # one starter wins, and the disk takes a synced write
+                storage.write_new(path / LOCK, owner())  # one starter wins, and the disk takes a synced write
             except FileExistsError:
                 raise _starting(path) from None
             except BaseException:
@@ -208,7 +203,7 @@ class RunDirectory:
             StorageError: The file system refused.
         """
         with storage.storage_errors("cannot lock the run directory", self.path):
-            release = _acquire(self.path / LOCK)
+            release = acquire(self.path / LOCK)
         try:
             storage.remove_stale(self.path)
             yield
@@ -325,81 +320,6 @@ def _starting(path: Path) -> BusyError:
     return BusyError("another process is starting a run in the directory", where=path, hint=hint)
 
 
-def _acquire(path: Path) -> Callable[[], None]:
-    """Take the lock and return what gives it back. OSErrors are the caller's."""
-    if _HAS_FLOCK:
-        try:
-            return _acquire_from_kernel(path)
-        except OSError as error:  # some cluster file systems have no flock
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise
-    return _acquire_by_file(path.with_name(f"{LOCK}-held"))
-
-
-def _acquire_from_kernel(path: Path) -> Callable[[], None]:
-    """Take the lock with flock, which ends with the process however that dies."""
-    import fcntl  # not on Windows
-
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | storage.OPEN_FLAGS, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _busy(os.read(descriptor, 1000), path, "wait for it, or choose another --out") from None
-        if not os.path.samestat(os.fstat(descriptor), path.stat()):
-            raise BusyError("run directory was replaced while it was being locked", where=path.parent, hint="try again")
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, _owner())
-    except BaseException:
-        os.close(descriptor)
-        raise
-    _held.add(descriptor)
-
-    def release() -> None:
-        if descriptor in _held:  # a forked child has closed its copy already
-            _held.discard(descriptor)
-            os.close(descriptor)
-
-    return release
-
-
-def _acquire_by_file(path: Path) -> Callable[[], None]:
-    """Take the lock by creating a file, where there is no flock; a killed process leaves it behind."""
-    try:
-        storage.write_new(path, _owner())
-    except FileExistsError:
-        owner = storage.read_bytes(path, max_bytes=1000)
-        raise _busy(owner, path, f"wait for it; if it is dead, delete {path}") from None
-    return lambda: path.unlink(missing_ok=True)
-
-
-def _owner() -> bytes:
-    """Return the contents of a lock file: who holds it."""
-    return storage.json_bytes({"pid": os.getpid(), "host": platform.node()})
-
-
-def _busy(owner: bytes, path: Path, hint: str) -> BusyError:
-    """Return the error that names the holder, if its lock file says."""
-    try:
-        record = storage.parse_json(owner, where=path)
-    except CheckpointError:  # it is just being written
-        record = {}
-    pid = record.get("pid")
-    who = f"process {pid} on {record.get('host')}" if isinstance(pid, int) else "another process"
-    return BusyError(f"run directory is in use by {who}", where=path.parent, hint=hint)
-
-
 def _now() -> datetime:
     """Return the time, in UTC."""
     return datetime.now(UTC)
-
-
-def _close_in_child() -> None:
-    """Close a forked child's copies of the locks: a data-loading worker must not hold a dead parent's lock."""
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_child)

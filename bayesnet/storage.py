@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, strict JSON and append-only logs.
+"""Files that are whole or absent: atomic writes, bounded reads and append-only logs.
 
 A write goes to a temporary name in the same directory, is synced, renamed over the target, and the directory is synced:
 a kill or a power cut leaves the old contents or the new ones. Reads accept regular files of a stated size only, so
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
-import math
 import os
 import platform
 import re
@@ -18,15 +16,12 @@ import secrets
 import shutil
 import stat
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 from bayesnet.errors import CheckpointError, StorageError
+from bayesnet.strict_json import MAX_JSON_BYTES, json_bytes, json_line, json_ready, parse_json
 from bayesnet.types import JsonObject
-
-MAX_JSON_BYTES = 8_000_000
-MAX_JSON_DEPTH = 64
 
 # O_NOFOLLOW: a planted link must not redirect a read or write. O_NONBLOCK: opening a planted pipe must not hang.
 OPEN_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -107,7 +102,7 @@ def append_line(path: Path, record: JsonObject) -> None:
         StorageError: The file system refused; the complete lines stand.
         TypeError: A value or key has no JSON form.
     """
-    line = _json_line(record)
+    line = json_line(record)
     with storage_errors("cannot append to the file", path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | OPEN_FLAGS, 0o666)
         try:
@@ -135,7 +130,7 @@ def write_lines(path: Path, records: Sequence[JsonObject]) -> None:
         StorageError: The file system refused; an earlier file stands.
         TypeError: A value or key has no JSON form.
     """
-    write_bytes(path, b"".join(_json_line(record) for record in records))
+    write_bytes(path, b"".join(json_line(record) for record in records))
 
 
 def read_bytes(path: Path, *, max_bytes: int) -> bytes:
@@ -183,83 +178,6 @@ def read_lines(path: Path, *, max_bytes: int = 16 * MAX_JSON_BYTES) -> list[Json
     """
     lines = read_bytes(path, max_bytes=max_bytes).split(b"\n")[:-1]
     return [parse_json(line, where=f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
-
-
-def parse_json(data: bytes, *, where: object) -> JsonObject:
-    """Return the object that strict JSON spells: no duplicate keys, no NaN or infinity, at most 64 levels.
-
-    Raises:
-        CheckpointError: ``data`` is anything else.
-
-    Example:
-        >>> parse_json(b'{"a": 1, "a": 2}', where="state.json")
-        Traceback (most recent call last):
-        bayesnet.errors.CheckpointError: not valid JSON (state.json): duplicate key 'a'
-    """
-    try:
-        value = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_unique_keys,
-            parse_constant=_refuse_constant,
-            parse_float=_finite_float,
-        )
-    except RecursionError:
-        raise CheckpointError("JSON is nested too deeply", where=where) from None
-    except ValueError as error:
-        raise CheckpointError("not valid JSON", where=where, hint=str(error)) from error
-    if not isinstance(value, dict):
-        raise CheckpointError("not a JSON object", where=where)
-    level: list[Any] = [value]
-    for _ in range(MAX_JSON_DEPTH + 1):
-        children = (child for item in level for child in (item.values() if isinstance(item, dict) else item))
-        level = [child for child in children if isinstance(child, dict | list)]
-    if level:
-        raise CheckpointError("JSON is nested too deeply", where=where)
-    return value
-
-
-def json_ready(value: object, *, depth: int = MAX_JSON_DEPTH) -> Any:  # noqa: ANN401 - JSON is any
-    """Return ``value`` in JSON's types: NaN and infinity become None, tuples lists, paths and arrays their contents.
-
-    Args:
-        value: Nested mappings with string keys, sequences, scalars, paths, and what has ``tolist`` (arrays, tensors).
-        depth: Levels that may still follow.
-
-    Raises:
-        TypeError: A value or key has no JSON form.
-        ValueError: Nested too deeply.
-
-    Example:
-        >>> json_ready({"nll": float("nan"), "ci95": (0.1, 0.2)})
-        {'nll': None, 'ci95': [0.1, 0.2]}
-    """
-    if depth < 0:
-        raise ValueError(f"JSON is nested deeper than {MAX_JSON_DEPTH} levels")
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"a JSON key must be a string, not {key!r}")
-        return {key: json_ready(item, depth=depth - 1) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_ready(item, depth=depth - 1) for item in value]
-    if hasattr(value, "tolist"):
-        return json_ready(value.tolist(), depth=depth)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
-
-
-def json_bytes(record: object) -> bytes:
-    """Return JSON text in ASCII, so that any name, even one that is not UTF-8, comes back as it was."""
-    return json.dumps(record, allow_nan=False, indent=2).encode("ascii") + b"\n"
-
-
-def _json_line(record: JsonObject) -> bytes:
-    return json.dumps(json_ready(record), allow_nan=False).encode("ascii") + b"\n"
 
 
 def write_new(path: Path, data: bytes) -> None:
@@ -369,26 +287,3 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
-    """Return the object, refusing a key that occurs twice: readers would disagree about its value."""
-    record: JsonObject = {}
-    for key, value in pairs:
-        if key in record:
-            raise ValueError(f"duplicate key {key[:80]!r}")
-        record[key] = value
-    return record
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    """Refuse NaN and Infinity, which Python reads but JSON does not have."""
-    raise ValueError(f"{text} is not JSON")
-
-
-def _finite_float(text: str) -> float:
-    """Return the number, refusing one that overflows to infinity."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"number out of range: {text[:80]}")
-    return value

@@ -11,14 +11,15 @@ trains. They are equalities, not tolerances on noise: per-image noise is set to 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from unittest import mock
 
 import pyro
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayesnet import elbo
@@ -183,7 +184,7 @@ def check_loss_ignores_order_and_duplicates(family: Family) -> None:
 
 
 def check_batches_add_up(family: Family) -> None:
-    """Sum over batches of B_b x loss_b = N x full-data loss, ragged last batch included; each batch has the whole KL."""
+    """Sum over batches of B_b x loss_b = N x full-data loss, ragged last batch included; each has the whole KL."""
     problem = toy_problem(num_examples=60)
     posterior = build(family, problem).double()
     x, y = problem.x_NCHW.double(), problem.y_N
@@ -317,17 +318,21 @@ class OperatorCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_operators = 0
         self.num_host_syncs = 0
 
+    def __enter__(self) -> Self:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
     def __torch_dispatch__(
         self,
-        func: Any,
-        types: Any,
-        args: Any = (),
-        kwargs: Any = None,  # noqa: ANN401 - torch's own signature
-    ) -> Any:  # noqa: ANN401
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         self.num_operators += 1
         self.num_host_syncs += func.overloadpacket.__name__ in HOST_SYNCS
         return func(*args, **(kwargs or {}))

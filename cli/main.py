@@ -55,14 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code. Not by click's own main, which ends a broken pipe with 1, a bug's code.
 
     Raises:
         BrokenPipeError: Whoever read stdout went away.
     """
     try:
-        with cli.make_context("bayesnet", arguments) as context:
+        with cli.make_context("bayesnet", list(arguments)) as context:  # which empties the list
             result = cli.invoke(context)
     except BrokenPipeError:
         raise

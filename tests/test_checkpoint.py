@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayesnet import checkpoint, storage
+from bayesnet import checkpoint, storage, strict_json
 from bayesnet.checkpoint import (
     Checkpoint,
     checkpoint_digest,
@@ -62,7 +62,7 @@ def tensors() -> dict[str, Tensor]:
 
 def edit_manifest(path: Path, **changes: Any) -> None:  # noqa: ANN401
     record = json.loads((path / "MANIFEST.json").read_bytes())
-    (path / "MANIFEST.json").write_bytes(storage.json_bytes({**record, **changes}))
+    (path / "MANIFEST.json").write_bytes(strict_json.json_bytes({**record, **changes}))
 
 
 def rehash(path: Path, **contents: bytes) -> None:

@@ -313,7 +313,7 @@ def test_planted_overconfidence_is_outside_the_null_band() -> None:
 
 
 def test_debiased_ece_halves_the_bias() -> None:
-    """Mean over 100 calibrated models; measured .070 and .017, so the bounds are many standard errors (.002) away."""
+    """Mean over 100 calibrated models; measured .083 and .022 with standard errors .002 and .003."""
     models = [draw_model(200, 5, seed) for seed in range(100)]
     labels = [draw_labels(p, 500 + seed) for seed, p in enumerate(models)]
     plain = np.mean([metrics.ece(p, y) for p, y in zip(models, labels, strict=True)])

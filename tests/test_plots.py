@@ -51,7 +51,9 @@ def test_red_points_only_where_a_bin_is_outside_its_band() -> None:
     assert (alarmed == red).all(2).sum() > 2 * (legend_only == red).all(2).sum() > 0
 
 
-@pytest.mark.parametrize("name", ["$x^{", r"\frac{$", "猫 and \u202e", "a\nb\x1b[31m", "x" * 500, "", "\udce9"])
+@pytest.mark.parametrize(
+    "name", ["$x^{", "$x^{$", r"\frac{$", "猫 and \u202e", "a\nb\x1b[31m", "x" * 500, "", "\udce9"]
+)
 def test_any_name_can_be_drawn(name: str, model: Model) -> None:
     assert reliability_diagram({name: model}).startswith(b"\x89PNG")  # a glyph warning would be an error here
     assert len(drawable(name)) <= MAX_NAME_LENGTH

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bayesnet import rundir, storage
+from bayesnet import locking, rundir, storage
 from bayesnet.checkpoint import save_checkpoint
 from bayesnet.errors import BusyError, CheckpointError, ConfigError, StorageError
 from bayesnet.rundir import RunDirectory, find_run, slug
@@ -225,7 +225,7 @@ def test_a_damaged_summary_is_an_error_where_the_run_was_named(tmp_path: Path) -
 
 @pytest.mark.parametrize("has_flock", [True, False])
 def test_the_lock_is_exclusive_and_reusable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_flock: bool) -> None:
-    monkeypatch.setattr(rundir, "_HAS_FLOCK", has_flock)
+    monkeypatch.setattr(locking, "_HAS_FLOCK", has_flock)
     run = RunDirectory.create(tmp_path / "run", "")
     with run.lock():
         with pytest.raises(BusyError) as caught, RunDirectory(run.path).lock():

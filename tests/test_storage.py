@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bayesnet import storage
+from bayesnet import storage, strict_json
 from bayesnet.errors import CheckpointError, StorageError
 from bayesnet.types import JsonObject
 
@@ -25,7 +25,7 @@ JSON_VALUES = st.recursive(
 
 @given(st.dictionaries(st.text(), JSON_VALUES, max_size=4))
 def test_json_round_trip(record: dict[str, object]) -> None:
-    assert storage.parse_json(storage.json_bytes(storage.json_ready(record)), where="x") == record
+    assert strict_json.parse_json(strict_json.json_bytes(strict_json.json_ready(record)), where="x") == record
 
 
 def test_json_keeps_names_that_are_not_utf8_and_the_order(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_json_ready_maps_what_json_has_not() -> None:
         "path": Path("a/b"),
         "pair": (1, 2.5),
     }
-    assert storage.json_ready(record) == {
+    assert strict_json.json_ready(record) == {
         "nan": None,
         "inf": [None, None, None],
         "array": [[1.0, None]],
@@ -63,22 +63,22 @@ def test_json_ready_maps_what_json_has_not() -> None:
 
 def test_json_ready_refuses_what_would_change_silently() -> None:
     with pytest.raises(TypeError, match="key must be a string, not 1"):
-        storage.json_ready({1: "a"})
+        strict_json.json_ready({1: "a"})
     with pytest.raises(TypeError, match="set has no JSON form"):
-        storage.json_ready({"a": {1}})
+        strict_json.json_ready({"a": {1}})
     deep: list[object] = []
     deep.append(deep)
     with pytest.raises(ValueError, match="deeper than 64"):
-        storage.json_ready(deep)
+        strict_json.json_ready(deep)
 
 
 def test_what_can_be_written_can_be_read_up_to_the_depth_limit() -> None:
     value: object = 1
-    for _ in range(storage.MAX_JSON_DEPTH):
+    for _ in range(strict_json.MAX_JSON_DEPTH):
         value = {"a": value}
-    storage.parse_json(storage.json_bytes(storage.json_ready(value)), where="x")
+    strict_json.parse_json(strict_json.json_bytes(strict_json.json_ready(value)), where="x")
     with pytest.raises(ValueError, match="deeper"):
-        storage.json_ready({"a": value})
+        strict_json.json_ready({"a": value})
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_what_can_be_written_can_be_read_up_to_the_depth_limit() -> None:
 )
 def test_parse_json_refuses(data: bytes, message: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        storage.parse_json(data, where="f")
+        strict_json.parse_json(data, where="f")
     assert str(caught.value).startswith(message)
 
 
@@ -236,7 +236,7 @@ def test_write_lines_replaces_all_lines(tmp_path: Path) -> None:
     contents: list[list[JsonObject]] = [[{"a": 1}, {"b": math.inf}], [{"c": "\udcff\n"}], []]
     for records in contents:
         storage.write_lines(path, records)
-        assert storage.read_lines(path) == storage.json_ready(records)
+        assert storage.read_lines(path) == strict_json.json_ready(records)
     assert os.listdir(tmp_path) == ["metrics.jsonl"]  # noqa: PTH208
 
 
@@ -271,4 +271,4 @@ def test_remove_stale_spares_the_living_and_other_hosts(tmp_path: Path) -> None:
 
 def test_bytes_are_canonical() -> None:
     record = {"b": [1, 2.5, None], "a": "\u00e9"}
-    assert storage.json_bytes(record) == json.dumps(record, indent=2).encode() + b"\n"
+    assert strict_json.json_bytes(record) == json.dumps(record, indent=2).encode() + b"\n"

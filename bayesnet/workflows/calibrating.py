@@ -110,7 +110,8 @@ def _publish(run: RunDirectory, data: ImageData, frozen: dict[str, _Frozen], tes
         "sentence": sentence,
         "report": str(run.report),
     }
-    storage.make_directories(run.plots)
+    with storage.storage_errors("cannot make the directory", run.plots):
+        storage.make_directories(run.plots)
     storage.write_bytes(run.plots / "reliability.png", image)
     report = CalibrationReport(
         title=f"Calibration of {run.path.name}",

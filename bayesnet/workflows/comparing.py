@@ -8,7 +8,14 @@ from pathlib import Path
 from bayesnet.errors import CheckpointError
 from bayesnet.rundir import RunDirectory
 from bayesnet.types import JsonObject
-from bayesnet.workflows.trained import load_calibration, load_model, read_settings, trained_names
+from bayesnet.workflows.trained import (
+    EVALUATION,
+    load_calibration,
+    load_model,
+    read_finished,
+    read_settings,
+    trained_names,
+)
 
 
 def compare(runs: Sequence[Path]) -> JsonObject:
@@ -31,21 +38,26 @@ def compare(runs: Sequence[Path]) -> JsonObject:
         if not run.is_finished:
             hint = f"finish it with `bayesnet train --resume {path}`"
             raise CheckpointError("the run is not finished", where=path, hint=hint)
-        fingerprints.add(run.read_summary().get("fingerprint"))
-        rows += _rows(run)
+        summary = read_finished(run)
+        fingerprints.add(summary["fingerprint"])
+        rows += _rows(run, summary)
     return {"rows": rows, "same_test_split": len(fingerprints) == 1}
 
 
-def _rows(run: RunDirectory) -> list[JsonObject]:
+def _rows(run: RunDirectory, summary: JsonObject) -> list[JsonObject]:
     """Return one row per model of a run, and one more per calibrated model."""
-    summary = run.read_summary()
     seed = read_settings(run).training.seed
     rows: list[JsonObject] = []
     for name in trained_names(summary, run.path):
         record = summary["models"][name]
         head = {"run": str(run.path), "data": summary["data"]["name"], "model": name, "family": record["family"]}
-        rows.append({**head, "seed": seed, "calibrated": False, "metrics": record})
+        rows.append({**head, "seed": seed, "calibrated": False, "metrics": _metrics(record)})
         calibration = load_calibration(run, load_model(run, name))
         if calibration is not None:
-            rows.append({**head, "seed": seed, "calibrated": True, "metrics": calibration["after"]})
+            rows.append({**head, "seed": seed, "calibrated": True, "metrics": _metrics(calibration["after"])})
     return rows
+
+
+def _metrics(record: JsonObject) -> JsonObject:
+    """Return the metrics alone of what may also say how a model was fitted."""
+    return {key: record[key] for key in EVALUATION}

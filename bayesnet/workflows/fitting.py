@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from bayesnet import storage
+from bayesnet import storage, strict_json
 from bayesnet.checkpoint import Checkpoint, newest_checkpoint
 from bayesnet.data import ImageData
 from bayesnet.data.augment import Augmentation
@@ -113,7 +113,7 @@ def _metadata(name: str, settings: Settings, data: ImageData) -> JsonObject:
 def _check_same_run(checkpoint: Checkpoint, metadata: JsonObject) -> None:
     """Raise CheckpointError where a checkpoint was made under other settings or from other data."""
     for key in ("model", "settings", "classes", "preprocessing", "fingerprint"):
-        if storage.json_ready(metadata[key]) != checkpoint.state.get(key):
+        if strict_json.json_ready(metadata[key]) != checkpoint.state.get(key):
             hint = "restore the run's config.toml, or train again"
             raise CheckpointError(f"the checkpoint was made with other {key}", where=checkpoint.path, hint=hint)
 

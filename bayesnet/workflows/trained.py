@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from bayesnet.engine import Engine
 from bayesnet.errors import BayesnetError, CheckpointError, ConfigError, DataError
 from bayesnet.inference import FAMILIES, build_posterior
 from bayesnet.inference.base import Parts, Posterior
+from bayesnet.metrics import METRICS
 from bayesnet.predictive import Predictor
 from bayesnet.rundir import RunDirectory
 from bayesnet.settings import Settings, build_settings
@@ -24,6 +26,11 @@ from bayesnet.training import restore_model
 from bayesnet.types import JsonObject
 
 MODEL_NAMES = ("deterministic", "bayesian")
+EVALUATION = (*METRICS, "num_test", "ci95")
+"""What every evaluation on the test split holds, before and after calibration."""
+
+_DATA_KEYS = ("name", "classes", "num_train", "num_validation", "num_calibration", "num_test")
+_FIT_KEYS = ("family", "best_step", "digest", "train_nll", "kl", "kl_per_example", "posterior_scale", "seconds")
 
 
 class TrainedModel(NamedTuple):
@@ -113,6 +120,26 @@ def trained_names(summary: JsonObject, where: Path) -> tuple[str, ...]:
     return names
 
 
+def read_finished(run: RunDirectory) -> JsonObject:
+    """Return the summary of a finished run, checked to have all that is shown of it.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or lacks something that `train` writes.
+    """
+    summary = run.read_summary()
+    names = trained_names(summary, run.path)
+    try:
+        parts = [(summary, ("run", "fingerprint", "seconds")), (summary["data"], _DATA_KEYS)]
+        for model in (summary["models"][name] for name in names):
+            parts += [(model, (*_FIT_KEYS, *EVALUATION)), (model["ci95"], tuple(METRICS))]
+            parts += [(model["posterior_scale"], ("initial", "final"))]
+        for part, keys in parts:
+            itemgetter(*keys)(part)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError("the summary is not whole", where=run.summary, hint=f"it lacks {error}") from error
+    return summary
+
+
 def load_model(run: RunDirectory, name: str) -> TrainedModel:
     """Return a model of a finished run.
 
@@ -125,10 +152,10 @@ def load_model(run: RunDirectory, name: str) -> TrainedModel:
     summary = run.read_summary()
     try:
         record = summary["models"][name]
-        step, digest = int(record["best_step"]), str(record["digest"])
+        step, digest = step_name(int(record["best_step"])), str(record["digest"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the run has no finished {name} model", where=run.path) from error
-    checkpoint = load_checkpoint(run.model_checkpoints(name) / step_name(step), digest=digest)
+    checkpoint = load_checkpoint(run.model_checkpoints(name) / step, digest=digest)
     try:
         state = checkpoint.state
         settings = build_settings(state["settings"])
@@ -171,7 +198,8 @@ def load_calibration(run: RunDirectory, model: TrainedModel) -> JsonObject | Non
         return None
     try:
         record: JsonObject = run.read_json(run.calibration.name)["models"][model.name]
-        digest, _ = record["digest"], (record["calibrator"], record["threshold"], record["after"])
+        digest, _, _ = record["digest"], record["calibrator"], record["threshold"]
+        itemgetter(*EVALUATION)(record["after"])
     except (KeyError, TypeError) as error:
         raise CheckpointError("not a calibration", where=run.calibration, hint="run `bayesnet calibrate`") from error
     if digest != model.digest:

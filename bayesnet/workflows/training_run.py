@@ -21,7 +21,7 @@ from bayesnet.settings import Settings, resolve_settings
 from bayesnet.types import JsonObject
 from bayesnet.workflows.environment import environment
 from bayesnet.workflows.fitting import RunContext, TrainListener, fit_model
-from bayesnet.workflows.trained import load_model, model_name, read_settings
+from bayesnet.workflows.trained import load_model, model_name, read_finished, read_settings
 
 NUM_EXAMPLE_IMAGES = 8
 
@@ -109,8 +109,9 @@ def _resume(
     """Go on with a run; a finished one gives its summary."""
     run = RunDirectory.open(path)
     if run.is_finished:
+        summary = read_finished(run)
         listener.on_note(f"{run.path} is finished; nothing to do")
-        return run.read_summary()
+        return summary
     settings = read_settings(run)
     engine = Engine.for_one(devices or settings.engine.devices)
     with run.lock():
@@ -141,7 +142,7 @@ def _train(settings: Settings, context: RunContext) -> JsonObject:
     try:
         return _fit_and_evaluate(settings, context)
     except InterruptedRunError as error:
-        if not run.has_checkpoint:
+        if not any(run.path.glob("models/*/checkpoints/step-*")):
             raise
         hint = f"continue with `bayesnet train --resume {run.path}`"
         raise InterruptedRunError(error.exit_code - 128, where=run.path, hint=hint) from None

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from bayesnet import storage
+from bayesnet import strict_json
 from bayesnet.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bayesnet.errors import CheckpointError
 
@@ -112,7 +112,7 @@ def forge(path: Path, tensors: bytes | None = None, state: bytes | None = None) 
             (path / name).write_bytes(data)
     contents = {name: (path / name).read_bytes() for name in (STATE, TENSORS)}
     files = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
-    (path / MANIFEST).write_bytes(storage.json_bytes({"schema_version": 1, "files": files}))
+    (path / MANIFEST).write_bytes(strict_json.json_bytes({"schema_version": 1, "files": files}))
 
 
 def message(path: Path) -> str:
@@ -228,7 +228,7 @@ def test_paths_in_the_manifest_are_refused_and_not_read(path: Path, tmp_path: Pa
     digest = hashlib.sha256(b"s").hexdigest()
     for name in ("../../secret", str(tmp_path / "secret"), "secret\0", "sub/../state.json"):
         files = {name: {"size": 1, "sha256": digest}, STATE: {"size": 1, "sha256": digest}}
-        (path / MANIFEST).write_bytes(storage.json_bytes({"schema_version": 1, "files": files}))
+        (path / MANIFEST).write_bytes(strict_json.json_bytes({"schema_version": 1, "files": files}))
         assert message(path).startswith("manifest names other files than a checkpoint has (")
 
 

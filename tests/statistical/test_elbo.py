@@ -20,6 +20,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuide, AutoLowRankMultivariateNormal, AutoNormal
+from pyro.optim import Adam as PyroAdam  # type: ignore[attr-defined]
 from torch import Tensor
 
 from bayesnet import elbo, model
@@ -437,7 +438,7 @@ def test_stock_svi_still_works_after_importing_bayesnet() -> None:
     generator = torch.Generator().manual_seed(6)
     features_BD, y_B = torch.randn(40, 4, generator=generator), torch.randint(3, (40,), generator=generator)
     torch.manual_seed(0)
-    svi = SVI(head, AutoNormal(head), pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    svi = SVI(head, AutoNormal(head), PyroAdam({"lr": 0.05}), Trace_ELBO())
     losses = [svi.step(features_BD, y_B) for _ in range(60)]
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
     assert len(pyro.get_param_store()) > 0, "stock SVI keeps its parameters in the global store"

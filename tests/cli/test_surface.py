@@ -1,0 +1,139 @@
+"""The public surface, frozen: commands, options, JSON keys, exit codes. A change here is a change for every user."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import pytest
+from bayesnet_cli.main import BROKEN_PIPE, cli
+
+from bayesnet import errors
+
+RunCli = Callable[..., tuple[int, str, str]]
+
+SURFACE = {
+    "": "--version --debug --help",
+    "train": "--bayesian --data --family --backbone --epochs --seed --devices --config --set --out --resume --json",
+    "calibrate": "[RUN] --alpha --devices --json",
+    "predict": "PATH... --run --model --interval --samples --devices --json",
+    "bench": "[RUN] --devices --batch --samples --seconds --json",
+    "compare": "RUN... --json",
+    "doctor": "--json",
+}
+
+EXIT_CODES = {
+    "BayesnetError": 1,
+    "ConfigError": 2,
+    "DataError": 3,
+    "CheckpointError": 4,
+    "DeviceError": 5,
+    "StorageError": 6,
+    "DivergedError": 7,
+    "BusyError": 8,
+}
+
+METRICS = "accuracy nll brier ece ace mce aurc auroc_error"
+EVALUATED = f"{METRICS} num_test ci95{{ {METRICS} }}"
+EVALUATION = f"{EVALUATED} ece_null95 ece_debiased num_errors num_infinite_nll"
+CONFORMAL = "method alpha threshold coverage coverage_band mean_set_size num_calibration num_empty num_test notice"
+ENVIRONMENT = "versions devices platform machine threads cpus"
+# NAME stands for deterministic and bayesian. What may differ from machine to machine is not looked into.
+JSON_KEYS = {
+    "train": """
+        run fingerprint seconds finished finished_at
+        data{ name num_train num_validation num_calibration num_test classes }
+        models{ NAME{ EVALUATION family best_epoch best_step digest validation_nll train_nll kl kl_per_example seconds
+            posterior_scale{ initial final } } }""",
+    "calibrate": """
+        run sentence report
+        models{ NAME{ family digest before{ EVALUATION } after{ EVALUATION } calibrator{ name temperature } temperature
+            threshold{ method alpha threshold num_calibration } conformal{ lac{ CONFORMAL } } } }
+        differences{ nll{ difference ci95 } brier{ difference ci95 } accuracy{ difference ci95 } }
+        conformal{ CONFORMAL }""",
+    "predict": """
+        run model calibrated interval{ level kind samples widened } skipped{ path reason }
+        predictions{ path label probability lower upper entropy mutual_information set abstain
+            classes{ name probability lower upper } }""",
+    "bench": """
+        source environment{ ENVIRONMENT } control{ ratio ci95 rows{ device phase ratio ci95 } }
+        rows{ device phase model family batch samples images_per_second ms_median ms_p95 ci95 peak_memory_bytes
+            ratio_to_deterministic ratio_ci95 }""",
+    "compare": "same_test_split rows{ run data model family seed calibrated metrics{ EVALUATED } }",
+    "doctor": "ENVIRONMENT ok checks{ name ok found advice exit_code }",
+}
+OPAQUE = {"versions", "devices"}
+
+
+def declared(text: str) -> set[str]:
+    """Return the dotted names that a declaration of JSON_KEYS stands for."""
+    for name, value in (("EVALUATED", EVALUATED), ("EVALUATION", EVALUATION), ("CONFORMAL", CONFORMAL)):
+        text = re.sub(rf"\b{name}\b", value, text)
+    found: set[str] = set()
+    stack: list[str] = []
+    for token in text.replace("ENVIRONMENT", ENVIRONMENT).split():
+        if token == "}":
+            stack.pop()
+            continue
+        found.add(".".join([*stack, token.removesuffix("{")]))
+        if token.endswith("{"):
+            stack.append(token.removesuffix("{"))
+    return found
+
+
+def spelled(value: object, above: str = "") -> Iterator[str]:
+    """Yield the dotted names of all keys, those of an object in a list under the list's name."""
+    for item in value if isinstance(value, list) else [value]:
+        for key, inner in item.items() if isinstance(item, dict) else ():
+            name = f"{above}{'NAME' if key in ('deterministic', 'bayesian') else key}"
+            yield name
+            if key not in OPAQUE:
+                yield from spelled(inner, f"{name}.")
+
+
+def options(command: click.Command) -> str:
+    context = click.Context(command)
+    return " ".join(
+        parameter.make_metavar(context) if isinstance(parameter, click.Argument) else parameter.opts[-1]
+        for parameter in command.get_params(context)
+        if command is cli or "--help" not in parameter.opts
+    )
+
+
+def test_commands_and_options() -> None:
+    assert {"": options(cli), **{name: options(command) for name, command in cli.commands.items()}} == SURFACE
+
+
+def test_exit_codes() -> None:
+    found = {
+        name: value.exit_code
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.BayesnetError) and hasattr(value, "exit_code")
+    }
+    found.pop("InterruptedRunError")
+    assert found == EXIT_CODES
+    assert [errors.InterruptedRunError(number).exit_code for number in (2, 15)] == [130, 143]
+    assert BROKEN_PIPE == 141
+
+
+@pytest.mark.parametrize("name", JSON_KEYS)
+def test_json_keys(run_cli: RunCli, calibrated_copy: Path, name: str) -> None:
+    """Each command prints one JSON object and nothing else, with exactly these keys."""
+    shutil.copy(calibrated_copy / "classes.json", calibrated_copy / "examples" / "bad.png")  # for `skipped`
+    lines = {
+        "train": "train --resume {run} --json",
+        "predict": "predict {run}/examples --run {run} --json",
+        "bench": "bench {run} --seconds 0.1 --devices cpu --json",
+        "doctor": "doctor --json",
+    }
+    code, out, _ = run_cli(lines.get(name, f"{name} {{run}} --json"), run=calibrated_copy)
+    assert code == 0
+    assert set(spelled(json.loads(out))) == declared(JSON_KEYS[name])
+
+
+def test_the_table_has_every_command() -> None:
+    assert JSON_KEYS.keys() == cli.commands.keys()
