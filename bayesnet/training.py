@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,6 @@ class _Trainer:
         self.data, self.directory, self.engine = data, directory, engine
         self.optimizer_config, self.training, self.metadata = optimizer, training, metadata
         self.optimizers = build_optimizers(posterior, optimizer)
-        self.param_groups = [group for each in self.optimizers for group in each.param_groups]
         self.peak_rates = [float(group["lr"]) for group in self.param_groups]
         self.bounds = batch_bounds(len(data.examples), training.batch_size)
         self.num_steps = training.epochs * len(self.bounds)
@@ -113,6 +112,11 @@ class _Trainer:
         # Running values of the current epoch, on the device until the epoch ends or a checkpoint is due.
         self.nll_sum = torch.zeros((), dtype=torch.float64)
         self.kl = torch.zeros(())
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups as they are now: restoring an optimizer replaces its groups by new ones."""
+        return [group for each in self.optimizers for group in each.param_groups]
 
     def start(self, resume: Checkpoint | None) -> None:
         """Seed a new fit, or restore an interrupted one."""
