@@ -119,7 +119,7 @@ def restore_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], tenso
     for full_name, tensor in tensors.items():
         if full_name.startswith(PREFIX):
             name, _, key = full_name.removeprefix(PREFIX).rpartition("/")
-            saved.setdefault(name, {})[key] = tensor
+            saved.setdefault(name, {})[key] = tensor.clone()  # optimizers work in place
     for optimizer in optimizers:
         state = {}
         for index, (name, parameter) in enumerate(_owned(module, optimizer)):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -129,6 +130,7 @@ class _Trainer:
         self.kl.fill_(self.progress.kl)
         restore_model(self.posterior, resume)
         restore_optimizers(self.posterior, self.optimizers, resume.tensors)
+        self.set_schedule(self.progress.step - 1)  # for the report, where the epoch's last step was the last one taken
         torch.set_rng_state(resume.tensors["rng/cpu"])
         if "rng/cuda" in resume.tensors and self.engine.device.type == "cuda":
             torch.cuda.set_rng_state(resume.tensors["rng/cuda"], self.engine.device)
@@ -162,16 +164,16 @@ class _Trainer:
             )
             x_BCHW = data.preprocessing.normalize(pixels_BCHW)
             y_B = self.engine.put(data.examples.labels_N[indices])
-            loss = self.engine.train_step(self.posterior, self.optimizers, x_BCHW, y_B, self.set_schedule())
+            loss = self.engine.train_step(self.posterior, self.optimizers, x_BCHW, y_B, self.set_schedule(progress.step))
             self.nll_sum = self.nll_sum + (stop - start) * loss.nll
             self.kl = loss.kl
             progress.batch += 1
             progress.step += 1
             yield
 
-    def set_schedule(self) -> float:
-        """Set every learning rate for the coming step; return the weight of the KL."""
-        step, steps_per_epoch = self.progress.step, len(self.bounds)
+    def set_schedule(self, step: int) -> float:
+        """Set every learning rate for a step counted from 0; return the weight of the KL."""
+        steps_per_epoch = len(self.bounds)
         factor = schedule_factor(self.optimizer_config, step, self.num_steps, steps_per_epoch)
         for group, rate in zip(self.param_groups, self.peak_rates, strict=True):
             group["lr"] = rate * factor
@@ -251,8 +253,9 @@ class _Clock:
 
 def epoch_order(num_examples: int, *, seed: int, epoch: int) -> Tensor:
     """Return the order (N,) of the training images in an epoch: a function of seed and epoch alone."""
-    generator = torch.Generator().manual_seed((seed << 32) + epoch)
-    return torch.randperm(num_examples, generator=generator)
+    # Not torch's generator: on a CPU it takes 32 bits of its seed, so that all seeds would give one order. The third
+    # number keeps the stream apart from the augmentation's.
+    return torch.from_numpy(np.argsort(np.random.PCG64([seed, epoch, 1]).random_raw(num_examples), kind="stable"))
 
 
 def batch_bounds(num_examples: int, batch_size: int) -> list[tuple[int, int]]:

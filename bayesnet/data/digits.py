@@ -10,8 +10,9 @@ import torch
 from bayesnet.config import require
 from bayesnet.data.dataset import SPLITS, DataConfig, DataSource, ImageData
 from bayesnet.data.examples import ArrayExamples
-from bayesnet.data.preprocessing import Preprocessing, channel_statistics
+from bayesnet.data.preprocessing import Preprocessing
 from bayesnet.data.splits import check_every_class, stratified_split
+from bayesnet.data.statistics import channel_statistics
 
 SIDE = 8
 

@@ -17,9 +17,10 @@ import torch
 from bayesnet.data.dataset import SPLITS, DataConfig, DataSource, ImageData
 from bayesnet.data.examples import FileExamples
 from bayesnet.data.images import image_size
-from bayesnet.data.preprocessing import Preprocessing, channel_statistics
+from bayesnet.data.preprocessing import Preprocessing
 from bayesnet.data.scan import Scan, SourceFile, scan_folder
 from bayesnet.data.splits import check_every_class, stratified_split
+from bayesnet.data.statistics import channel_statistics
 from bayesnet.errors import ConfigError, printable
 
 SIZE_SAMPLE = 200

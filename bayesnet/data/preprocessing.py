@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,12 +14,8 @@ from bayesnet.config import build_section, require, to_mapping
 from bayesnet.errors import ConfigError
 from bayesnet.types import JsonObject
 
-if TYPE_CHECKING:
-    from bayesnet.data.examples import Examples
-
 MAX_SIDE = 4096
 MIN_STD = 1e-3
-_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -99,37 +94,6 @@ class Preprocessing:
             return build_section(cls, mapping, section="preprocessing")
         except OverflowError as error:  # an integer of JSON can be beyond every float
             raise ConfigError("number is too large", where="preprocessing") from error
-
-
-def channel_statistics(examples: Examples, sample: int = 2000) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and standard deviation of each channel, on the scale 0..1.
-
-    The images are evenly spaced in the data set and the sums are integers, so the result is the same on every machine.
-
-    Args:
-        examples: The training images.
-        sample: How many images to read at most.
-
-    Returns:
-        Means and standard deviations, one per channel; a deviation is at least 0.001, so that a constant channel
-        cannot divide by zero.
-
-    Raises:
-        DataError: An image cannot be read.
-    """
-    num = min(sample, len(examples))
-    indices_N = torch.arange(num) * len(examples) // max(num, 1)
-    counts: list[Tensor] = []
-    for chunk_B in indices_N.split(_CHUNK):
-        x_CP = examples.read(chunk_B).transpose(0, 1).flatten(1)
-        counts.append(torch.stack([torch.bincount(pixels_P, minlength=256) for pixels_P in x_CP]))
-    histogram_CV = torch.stack(counts).sum(0)
-    value_V = torch.arange(256)
-    total_C = histogram_CV.sum(1).double()
-    mean_C = (histogram_CV * value_V).sum(1).double() / total_C
-    variance_C = (histogram_CV * value_V**2).sum(1).double() / total_C - mean_C**2
-    std_C = (variance_C.clamp_min(0).sqrt() / 255).clamp_min(MIN_STD)
-    return tuple((mean_C / 255).tolist()), tuple(std_C.tolist())
 
 
 def _constant(values: Sequence[float], device: torch.device) -> Tensor:

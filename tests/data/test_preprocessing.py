@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bayesnet.data.examples import ArrayExamples
-from bayesnet.data.preprocessing import Preprocessing, channel_statistics
+from bayesnet.data.preprocessing import Preprocessing
+from bayesnet.data.statistics import channel_statistics
 from bayesnet.errors import ConfigError
 
 RGB = Preprocessing(3, 4, 5, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), max_pixels=1000)
