@@ -56,7 +56,8 @@ def parse_override(text: str) -> dict[str, Any]:
     if len(parts) > MAX_CONFIG_DEPTH:
         raise ConfigError("override is nested too deeply", where=key)
     try:
-        parsed: Any = tomllib.loads(f"value = {value}")["value"]
+        document = tomllib.loads(f"value = {value}")
+        parsed: Any = document["value"] if len(document) == 1 else value  # a line break would begin another key
     except (tomllib.TOMLDecodeError, RecursionError):
         parsed = value
     for part in reversed(parts):

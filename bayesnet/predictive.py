@@ -32,7 +32,7 @@ def log_mean_exp(log_values: Tensor, dim: int) -> Tensor:
         >>> log_mean_exp(torch.tensor([-1000.0, -1000.0]), dim=0)
         tensor(-1000.)
     """
-    log_sum: Tensor = torch.logsumexp(log_values, dim)
+    log_sum: Tensor = torch.logsumexp(_rows(log_values, dim), -1)
     return log_sum.sub(math.log(log_values.shape[dim]))
 
 
@@ -73,7 +73,7 @@ def summarize(log_probabilities_SBK: Tensor, level: float) -> Summary:
     upper_BK = _sorted_quantile(ordered_SBK, 1 - tail)
     entropy_B = entropy(log_mean_BK)
     # Jensen's inequality makes the mutual information non-negative; rounding may not.
-    expected_B = torch.minimum(entropy(log_probabilities_SBK).mean(0), entropy_B)
+    expected_B = torch.minimum(_rows(entropy(log_probabilities_SBK), 0).mean(-1), entropy_B)
     return Summary(
         probability_BK=_host(mean_BK),
         lower_BK=_host(torch.minimum(lower_BK, mean_BK)),
@@ -176,6 +176,14 @@ def _sorted_quantile(ordered_SBK: Tensor, probability: float) -> Tensor:
     below = math.floor(position)
     above = min(below + 1, len(ordered_SBK) - 1)
     return torch.lerp(ordered_SBK[below], ordered_SBK[above], position - below)
+
+
+def _rows(values: Tensor, dim: int) -> Tensor:
+    """Return the values with ``dim`` last and contiguous.
+
+    A sum along other dimensions is vectorised across images, in an order that depends on how many there are.
+    """
+    return values.movedim(dim, -1).contiguous()
 
 
 def _host(values: Tensor) -> NDArray[np.float64]:

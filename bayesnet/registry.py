@@ -48,7 +48,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
     def __contains__(self, name: object) -> bool:
         """Return whether the name is known (never raises)."""
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:

@@ -149,7 +149,9 @@ def resolve_settings(
         mapping = read_config(f"{kind}/{family or (DEFAULT_FAMILY if bayesian else TWIN)}")
     else:
         mapping = read_config(config)
-        named = mapping.get("inference", {}).get("family")
+        inference = mapping.get("inference", {})
+        require(isinstance(inference, Mapping), "expected a table", where="inference", hint=f"got {inference!r}")
+        named = inference.get("family")
         family = family or (DEFAULT_FAMILY if bayesian and named in (None, TWIN) else None)
         if family is not None and family != named:
             mapping = {**mapping, "inference": {"family": family}}

@@ -164,7 +164,8 @@ class _Trainer:
             )
             x_BCHW = data.preprocessing.normalize(pixels_BCHW)
             y_B = self.engine.put(data.examples.labels_N[indices])
-            loss = self.engine.train_step(self.posterior, self.optimizers, x_BCHW, y_B, self.set_schedule(progress.step))
+            kl_weight = self.set_schedule(progress.step)
+            loss = self.engine.train_step(self.posterior, self.optimizers, x_BCHW, y_B, kl_weight)
             self.nll_sum = self.nll_sum + (stop - start) * loss.nll
             self.kl = loss.kl
             progress.batch += 1

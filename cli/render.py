@@ -53,6 +53,9 @@ def print_calibration(record: JsonObject) -> None:
     rows = [[label, *(_with_interval(column, key) for column in columns)] for key, label in METRICS.items()]
     rows.append(["ECE if perfect", *(_interval(column["ece_null95"]) for column in columns)])
     _table("test split, 95 % intervals in brackets", headers, rows)
+    for name, model in record["models"].items():
+        if model["notice"]:
+            _say(f"{name}: {model['notice']}")
     conformal = record["conformal"]
     _say(
         f"label sets at {1 - conformal['alpha']:.0%}: coverage {conformal['coverage']:.3f} "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from bayesnet.config import build_section
 from bayesnet.errors import ConfigError
@@ -20,13 +19,13 @@ FAMILIES: Registry[Family] = Registry(
 )
 
 
-def build_inference_config(mapping: Mapping[str, Any]) -> FamilyConfig:
+def build_inference_config(mapping: object) -> FamilyConfig:
     """Return the settings of the family that ``mapping["family"]`` names, checked against that family's own keys.
 
     Raises:
         ConfigError: Unknown family or key, or no family at all.
     """
-    name = mapping.get("family")
+    name = mapping.get("family") if isinstance(mapping, Mapping) else None
     if not isinstance(name, str):
         raise ConfigError("no family is named", where="inference.family", hint=f"one of {', '.join(FAMILIES)}")
     config: FamilyConfig = build_section(FAMILIES[name].config, mapping, section="inference")

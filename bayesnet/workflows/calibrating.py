@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bayesnet import metrics, storage
 from bayesnet.calibration import CALIBRATORS, Calibrator, ConformalThreshold, evaluate_sets, fit_lac, verdict
@@ -32,6 +33,7 @@ class _Frozen(NamedTuple):
     model: TrainedModel
     predictor: Predictor
     calibrator: Calibrator
+    notice: str | None
     threshold: ConformalThreshold
 
 
@@ -82,10 +84,21 @@ def _freeze(model: TrainedModel, data: ImageData, engine: Engine, alpha: float, 
     labels_N = data.calibration.labels_N
     half_a, half_b = halves(labels_N, seed)
     draws_SNK = predictor.raw_draws(data.calibration)
-    calibrator = CALIBRATORS["temperature"].fit(draws_SNK[:, half_a], labels_N[half_a])
+    calibrator, notice = _fit_calibrator(draws_SNK[:, half_a], labels_N[half_a])
     calibrated_BK = log_mean_exp(calibrator(draws_SNK[:, half_b].double()), 0).exp()
     threshold = fit_lac(calibrated_BK.numpy(), labels_N[half_b].numpy(), alpha)
-    return _Frozen(model, predictor, calibrator, threshold)
+    return _Frozen(model, predictor, calibrator, notice, threshold)
+
+
+def _fit_calibrator(draws_SNK: Tensor, labels_N: Tensor) -> tuple[Calibrator, str | None]:
+    """Return the temperature fitted on half A, or the identity and why where half A cannot tell one.
+
+    Without an error on half A its NLL falls without end as T falls: the best there would be the most overconfident.
+    """
+    calibrator = CALIBRATORS["temperature"].fit(draws_SNK, labels_N)
+    if isinstance(calibrator, Temperature) and calibrator.at_bound:
+        return Identity(), f"{len(labels_N)} calibration images cannot tell a temperature, so none is applied"
+    return calibrator, None
 
 
 def _publish(run: RunDirectory, data: ImageData, frozen: dict[str, _Frozen], tested: dict[str, _Tested]) -> JsonObject:
@@ -134,6 +147,7 @@ def _model_record(frozen: _Frozen, tested: _Tested, labels_N: NDArray[np.int64])
         "digest": frozen.model.digest,
         "calibrator": calibrator.to_json(),
         "temperature": calibrator.temperature if isinstance(calibrator, Temperature) else 1.0,
+        "notice": frozen.notice,
         "threshold": threshold.to_json(),
         "before": metrics.evaluate(tested.before, labels_N),
         "after": metrics.evaluate(tested.after, labels_N),

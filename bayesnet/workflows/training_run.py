@@ -71,7 +71,8 @@ def train(
         "training": {"epochs": epochs, "seed": seed},
         "engine": {"devices": devices},
     }
-    flags = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in given.items()}
+    kept = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in given.items()}
+    flags = {section: values for section, values in kept.items() if values}
     if resume is not None:
         if (
             data

@@ -91,8 +91,11 @@ CALIBRATION: dict[str, tuple[Callable[[Any], None], str]] = {
     "no digest": (lambda model: model.pop("digest"), "not a calibration"),
     "no calibrator": (lambda model: model.pop("calibrator"), "not a calibration"),
     "no threshold": (lambda model: model.pop("threshold"), "not a calibration"),
-    "other calibrator": (lambda model: model["calibrator"].update(name="vector"), "unknown calibrator (vector)"),
-    "zero temperature": (lambda model: model["calibrator"].update(temperature=0), "temperature cannot be used (0)"),
+    "other calibrator": (lambda model: model.update(calibrator={"name": "vector"}), "unknown calibrator (vector)"),
+    "zero temperature": (
+        lambda model: model.update(calibrator={"name": "temperature", "temperature": 0}),
+        "temperature cannot be used (0)",
+    ),
     "threshold of 2": (lambda model: model["threshold"].update(threshold=2.0), "conformal threshold cannot be used"),
 }
 
