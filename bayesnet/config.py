@@ -34,7 +34,8 @@ def read_toml(path: Path) -> dict[str, Any]:
             raise ConfigError("configuration file is larger than 1 MB", where=path)
         return tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError("cannot read the configuration", where=path, hint=str(error)) from error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError("cannot read the configuration", where=path, hint=reason) from error
 
 
 def parse_override(text: str) -> dict[str, Any]:

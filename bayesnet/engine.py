@@ -55,8 +55,11 @@ def resolve_devices(devices: str) -> tuple[torch.device, ...]:
     existing = available_devices()
     if devices.strip() == "auto":
         return (torch.device(existing[0]),)
+    names = [part.strip() for part in devices.split(",")]
+    if not all(names):
+        raise DeviceError("empty device name", where=repr(devices), hint=f"this machine has {', '.join(existing)}")
     resolved = []
-    for name in (part.strip() for part in devices.split(",")):
+    for name in names:
         full_name = name if ":" in name or name == "cpu" else f"{name}:0"
         if full_name not in existing:
             raise DeviceError("no such device", where=name, hint=f"this machine has {', '.join(existing)}")

@@ -87,13 +87,24 @@ class InterruptedRunError(BayesnetError):
         signal_number: The signal received, 2 (SIGINT) or 15 (SIGTERM); the exit code is 128 plus this.
         where: The run directory.
         hint: The command that continues it.
-        saved: Whether there is a committed checkpoint to continue from.
     """
 
-    def __init__(
-        self, signal_number: int, *, where: object = None, hint: str | None = None, saved: bool = True
-    ) -> None:
-        super().__init__("interrupted, checkpoint saved" if saved else "interrupted", where=where, hint=hint)
+    def __init__(self, signal_number: int, *, where: object = None, hint: str | None = None) -> None:
+        super().__init__("interrupted, checkpoint saved", where=where, hint=hint)
+        self.exit_code = 128 + signal_number
+
+
+class StopRequest(KeyboardInterrupt):
+    """A signal that arrived where nothing has to be saved first.
+
+    No Exception, so that no handler of a decoder's or a file's errors can swallow it.
+
+    Args:
+        signal_number: 2 (SIGINT) or 15 (SIGTERM).
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__("interrupted")
         self.exit_code = 128 + signal_number
 
 

@@ -10,7 +10,7 @@ are computed in chunks padded to one size that the run records, so a prediction 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -133,27 +133,24 @@ class Predictor:
             draws_SBK = draws_SBK.cpu()
         return draws_SBK.double().log_softmax(-1)
 
-    def summaries(self, chunks: Iterable[Tensor], level: float) -> Iterator[Summary]:
-        """Yield one Summary per chunk of uint8 images (B, C, H, W), B at most ``chunk_size``."""
-        for x_BCHW in chunks:
-            yield summarize(self.log_probabilities(x_BCHW), level)
-
     def probabilities(self, examples: Examples) -> NDArray[np.float64]:
         """Return the mean calibrated probabilities (N, K) of all examples, in order."""
         return self.probabilities_under(examples, [self.calibrator])[0]
 
-    def probabilities_under(self, examples: Examples, calibrators: Sequence[Calibrator]) -> list[NDArray[np.float64]]:
-        """Return the mean probabilities (N, K) under each calibrator, from one pass over the examples."""
+    def probabilities_under(
+        self, examples: Examples, calibrators: Sequence[Calibrator], indices_N: Tensor | None = None
+    ) -> list[NDArray[np.float64]]:
+        """Return the mean probabilities (N, K) under each calibrator, from one pass over the examples (or some)."""
         rows: list[list[NDArray[np.float64]]] = [[] for _ in calibrators]
-        for x_BCHW in self._chunks(examples):
+        for x_BCHW in self._chunks(examples, indices_N):
             raw_SBK = self.raw_log_probabilities(x_BCHW)
             for calibrator, parts in zip(calibrators, rows, strict=True):
                 parts.append(_host(log_mean_exp(calibrator(raw_SBK), 0).exp()))
         return [np.concatenate(parts) for parts in rows]
 
-    def raw_draws(self, examples: Examples) -> Tensor:
-        """Return the uncalibrated log-probabilities (S, N, K) of all examples, float32 on the host."""
-        return torch.cat([self.raw_log_probabilities(x).float().cpu() for x in self._chunks(examples)], 1)
+    def raw_draws(self, examples: Examples, indices_N: Tensor) -> Tensor:
+        """Return the uncalibrated log-probabilities (S, N, K) of some examples, float32 on the host."""
+        return torch.cat([self.raw_log_probabilities(x).float().cpu() for x in self._chunks(examples, indices_N)], 1)
 
     def mean_nll(self, examples: Examples) -> float:
         """Return the mean negative log-likelihood of the examples' labels under the mean probability, nats."""
@@ -165,9 +162,10 @@ class Predictor:
             start += len(x_BCHW)
         return total / len(examples)
 
-    def _chunks(self, examples: Examples) -> Iterator[Tensor]:
-        for indices in torch.arange(len(examples)).split(self.chunk_size):
-            yield examples.read(indices)
+    def _chunks(self, examples: Examples, indices_N: Tensor | None = None) -> Iterator[Tensor]:
+        chosen = torch.arange(len(examples)) if indices_N is None else indices_N
+        for indices_B in chosen.split(self.chunk_size):
+            yield examples.read(indices_B)
 
 
 def _sorted_quantile(ordered_SBK: Tensor, probability: float) -> Tensor:

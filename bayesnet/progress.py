@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from bayesnet.checkpoint import step_name
 from bayesnet.config import require
@@ -23,12 +23,15 @@ class TrainingConfig:
         batch_size: Images per step; a last batch of one joins the batch before it (batch norm needs two).
         seed: Of initial weights, order, augmentation and posterior noise. Splits have their own, data.seed.
         kl_warmup_epochs: Epochs over which the KL's weight rises linearly from 0 to 1.
+        selection: Which epoch's model the run uses: "best" has the lowest validation NLL, "last" is the end of the
+            schedule, the better choice where the validation split is too small to rank epochs. Both are kept.
     """
 
     epochs: int = 20
     batch_size: int = 64
     seed: int = 0
     kl_warmup_epochs: float = 0.0
+    selection: Literal["best", "last"] = "best"
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "must be at least 1", where=f"training.epochs = {self.epochs}")
@@ -67,20 +70,21 @@ class FitResult(NamedTuple):
     """How a fit ended.
 
     Attributes:
-        best: Directory of the checkpoint with the lowest validation NLL.
-        best_epoch: Its epoch, from 1.
-        validation_nll: Its validation NLL, nats per example.
+        chosen: Directory of the checkpoint that the run uses.
+        epoch: Its epoch, from 1.
         reports: One per epoch, in order.
         initial_scale: Median posterior standard deviation before the first step, or None.
-        final_scale: The same after the last step.
     """
 
-    best: Path
-    best_epoch: int
-    validation_nll: float
+    chosen: Path
+    epoch: int
     reports: tuple[EpochReport, ...]
     initial_scale: float | None
-    final_scale: float | None
+
+    @property
+    def report(self) -> EpochReport:
+        """The report of the chosen epoch."""
+        return self.reports[self.epoch - 1]
 
 
 @dataclass
@@ -133,22 +137,20 @@ class Progress:
             raise CheckpointError("malformed progress in the checkpoint", hint=str(error)) from error
         return progress
 
-    def result(self, directory: Path) -> FitResult:
+    def result(self, directory: Path, selection: str) -> FitResult:
         """Return how the fit ended, its checkpoints being in ``directory``.
+
+        Args:
+            directory: Where the checkpoints are.
+            selection: "best" or "last".
 
         Raises:
             DivergedError: No epoch had a finite validation NLL.
         """
         if not self.best_epoch:
             raise DivergedError("no epoch had a finite validation loss", where=directory)
-        return FitResult(
-            best=directory / step_name(self.best_step),
-            best_epoch=self.best_epoch,
-            validation_nll=self.best_nll,
-            reports=tuple(self.reports),
-            initial_scale=self.initial_scale,
-            final_scale=self.reports[-1].posterior_scale,
-        )
+        epoch, step = (self.best_epoch, self.best_step) if selection == "best" else (self.epoch, self.step)
+        return FitResult(directory / step_name(step), epoch, tuple(self.reports), self.initial_scale)
 
 
 def _report(values: Sequence[float | None]) -> EpochReport:

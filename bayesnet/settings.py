@@ -143,8 +143,13 @@ def resolve_settings(
         FAMILIES[family]
     if bayesian and family == TWIN:
         raise ConfigError("--bayesian needs a Bayesian family", where=family, hint=f"try --family {DEFAULT_FAMILY}")
+    override: dict[str, Any] = {}
+    for text in overrides:
+        override = merge(override, parse_override(text))
     if config is None:
-        kind = (data or DataConfig().spec).partition(":")[0]
+        section = override.get("data", {})
+        named_spec = section.get("spec") if isinstance(section, Mapping) else None
+        kind = str(data or named_spec or DataConfig().spec).partition(":")[0]
         DATASETS[kind]
         mapping = read_config(f"{kind}/{family or (DEFAULT_FAMILY if bayesian else TWIN)}")
     else:
@@ -155,9 +160,10 @@ def resolve_settings(
         family = family or (DEFAULT_FAMILY if bayesian and named in (None, TWIN) else None)
         if family is not None and family != named:
             mapping = {**mapping, "inference": {"family": family}}
-    for text in overrides:
-        mapping = merge(mapping, parse_override(text))
-    mapping = merge(mapping, flags or {})
+    mapping = merge(merge(mapping, override), flags or {})
     if data is not None:
         mapping = merge(mapping, {"data": {"spec": data}})
-    return build_settings(mapping)
+    settings = build_settings(mapping)
+    if bayesian and settings.inference.family == TWIN:
+        raise ConfigError("--bayesian needs a Bayesian family", where=TWIN, hint=f"try --family {DEFAULT_FAMILY}")
+    return settings

@@ -111,7 +111,8 @@ class _Trainer:
         self.num_steps = training.epochs * len(self.bounds)
         self.progress = Progress()
         # Running values of the current epoch, on the device until the epoch ends or a checkpoint is due.
-        self.nll_sum = torch.zeros((), dtype=torch.float64)
+        sum_dtype = torch.float32 if engine.device.type == "mps" else torch.float64  # there is no float64 on MPS
+        self.nll_sum = torch.zeros((), dtype=sum_dtype)
         self.kl = torch.zeros(())
 
     @property
@@ -200,10 +201,12 @@ class _Trainer:
         progress.reports.append(report)
         progress.epoch, progress.batch = report.epoch, 0
         self.nll_sum = torch.zeros_like(self.nll_sum)
+        # What the checkpoint before this one would fall back to must outlive it.
+        earlier = {previous_step, progress.best_step}
         if validation_nll < progress.best_nll:  # false for NaN, so a NaN is never the best
             progress.best_epoch, progress.best_step, progress.best_nll = report.epoch, report.step, validation_nll
         self.save()
-        prune_checkpoints(self.directory, keep={progress.best_step, previous_step, progress.step})
+        prune_checkpoints(self.directory, keep={*earlier, progress.best_step, progress.step})
         return report
 
     def check_finite(self) -> None:
@@ -238,7 +241,7 @@ class _Trainer:
         Raises:
             DivergedError: No epoch had a finite validation NLL.
         """
-        return self.progress.result(self.directory)
+        return self.progress.result(self.directory, self.training.selection)
 
 
 class _Clock:

@@ -21,6 +21,7 @@ from .predict import predict
 from .train import train
 
 BROKEN_PIPE = 141
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # torch has no one error type for it
 
 
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Instead of sys.argv[1:].
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Before torch loads OpenMP: waiting threads sleep instead of spinning. On a busy machine spinning costs minutes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = _run(arguments)
         sys.stdout.flush()
@@ -95,12 +98,10 @@ def _describe(error: BaseException) -> tuple[int, str]:
         hint = f": see `{context.command_path} --help`" if context is not None else ""
         return 2, printable(error.format_message().rstrip(".").replace("\n", " ")) + hint
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return 130, "interrupted"
-    if isinstance(error, MemoryError):
-        return 5, "out of memory: lower training.batch_size or predict.chunk_size"
+        return getattr(error, "exit_code", 130), str(error) or "interrupted"
+    if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
+        return 5, "out of memory: lower training.batch_size, predict.chunk_size or backbone.width"
     if isinstance(error, OSError):
         return StorageError.exit_code, printable(f"{error.strerror or error} ({error.filename})")
-    if type(error).__name__ == "OutOfMemoryError":
-        return 5, "out of device memory: lower training.batch_size or predict.chunk_size"
     text = printable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     return 1, f"this is a bug in bayesnet ({text}): run again as `bayesnet --debug ...` and report it"

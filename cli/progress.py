@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from bayesnet.errors import InterruptedRunError, printable
+from bayesnet.errors import StopRequest, printable
 from bayesnet.progress import EpochReport
 from bayesnet.workflows import TrainListener
 
@@ -43,8 +43,14 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.armed or self._pending is not None:
-            raise InterruptedRunError(number, saved=False)
+            raise StopRequest(number)
         self._pending = number
+
+    def disarm(self) -> None:
+        """Say that there is nothing left to save; a signal that came meanwhile ends the run now."""
+        self.armed = False
+        if self._pending is not None:
+            raise StopRequest(self._pending)
 
 
 class TrainProgress(TrainListener):
@@ -92,8 +98,6 @@ class TrainProgress(TrainListener):
 
     def on_epoch(self, report: EpochReport, num_epochs: int) -> None:
         """Print the epoch's line; after the last one there is nothing left to save."""
-        if report.epoch == num_epochs:
-            self.signals.armed = False
         parts = [f"{self._name:<13} epoch {report.epoch:>3}/{num_epochs}", f"train NLL {report.train_nll:.4f}"]
         if report.posterior_scale is not None:
             parts += [f"KL {report.kl:.1f} nats", f"KL/N {report.kl_per_example:.4f}"]
@@ -102,6 +106,8 @@ class TrainProgress(TrainListener):
             parts.append(f"posterior sd {report.posterior_scale:.4f}")
         parts.append(f"{report.seconds:.1f} s")
         self._line("  ".join(parts))
+        if report.epoch == num_epochs:
+            self.signals.disarm()
 
     def _line(self, text: str) -> None:
         if self._bar is not None:

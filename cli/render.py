@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -24,7 +25,7 @@ def print_json(record: JsonObject) -> None:
 
 def print_train_summary(summary: JsonObject) -> None:
     """Print the data, the table of both models, the posterior's fit, the run directory and what to try next."""
-    data, models, run = summary["data"], summary["models"], summary["run"]
+    data, models, run = summary["data"], summary["models"], shlex.quote(summary["run"])
     splits = ", ".join(f"{data[f'num_{split}']} {split}" for split in ("train", "validation", "calibration", "test"))
     _say(f"{data['name']}: {len(data['classes'])} classes; images: {splits}")
     rows = [[label, *(_with_interval(model, key) for model in models.values())] for key, label in METRICS.items()]
@@ -60,6 +61,7 @@ def print_calibration(record: JsonObject) -> None:
     _say(
         f"label sets at {1 - conformal['alpha']:.0%}: coverage {conformal['coverage']:.3f} "
         f"(expected {_interval(conformal['coverage_band'])}), {conformal['mean_set_size']:.2f} labels on average"
+        + (f"; {conformal['notice']}" if conformal["notice"] else "")
     )
     _say(f"report: {record['report']}")
     _say(record["sentence"])
@@ -73,7 +75,7 @@ def print_predictions(record: JsonObject) -> None:
             printable(row["path"]),
             printable(row["label"]),
             f"{row['probability']:.3f}",
-            f"[{row['lower']:.3f}, {row['upper']:.3f}]",
+            f"[{row['lower']:.3f}, {row['upper']:.3f}]" if interval["samples"] > 1 else "-",
             f"{row['entropy']:.3f}",
             f"{row['mutual_information']:.3f}",
             _names(row["set"]),
@@ -100,19 +102,20 @@ def print_bench(record: JsonObject) -> None:
             str(row["batch"]),
             str(row["samples"]),
             f"{row['images_per_second']:,.0f}",
-            f"{row['ms_median']:.3f} {_interval(row['ci95'])}",
+            f"{row['ms_median']:.3f} {_interval(row['ci95'], 3)}",
             f"{row['ms_p95']:.3f}",
             "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:.0f}",
-            f"{row['ratio_to_deterministic']:.3f} {_interval(row['ratio_ci95'])}",
+            f"{row['ratio_to_deterministic']:.3f} {_interval(row['ratio_ci95'], 3)}",
         ]
         for row in record["rows"]
     ]
     headers = ["device", "phase", "model", "batch", "draws", "images/s", "ms median", "ms p95", "peak MiB", "ratio"]
     _table(f"{record['source']}: time per step or prediction, 95 % intervals in brackets", headers, rows)
+    _say("ratio: median over rounds of the time over the twin's in the same round; a CPU keeps no count of its memory")
     for row in record["control"]["rows"]:
         _say(
             f"control, {row['device']} {row['phase']}: the twin against itself {row['ratio']:.3f} "
-            f"{_interval(row['ci95'])}; differences of this size are noise"
+            f"{_interval(row['ci95'], 3)}; differences of this size are noise"
         )
 
 
@@ -129,7 +132,7 @@ def print_comparison(record: JsonObject) -> None:
     ]
     _table("test metrics, 95 % intervals in brackets", ["run", "model", "seed", *METRICS.values()], rows)
     if not record["same_test_split"]:
-        _say("These runs were tested on different images: their metrics cannot be compared.")
+        _say("These runs have different data or splits: their metrics cannot be compared.")
 
 
 def print_doctor(record: JsonObject) -> None:
@@ -166,8 +169,8 @@ def _with_interval(values: Mapping[str, object], key: str) -> str:
     return "-" if value is None else f"{value:.4f} {_interval(interval)}"
 
 
-def _interval(bounds: Sequence[float | None]) -> str:
-    low, high = ("-" if bound is None else f"{bound:.4f}" for bound in bounds)
+def _interval(bounds: Sequence[float | None], decimals: int = 4) -> str:
+    low, high = ("-" if bound is None else f"{bound:.{decimals}f}" for bound in bounds)
     return f"[{low}, {high}]"
 
 

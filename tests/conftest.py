@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: finished runs and a folder of images, made once; copies for tests that damage them."""
+"""Fixtures that many tests share: finished runs and a folder of images, made once, and copies to damage."""
 
 from __future__ import annotations
 

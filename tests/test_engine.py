@@ -51,12 +51,19 @@ def test_auto_takes_the_accelerator_where_there_is_one(monkeypatch: pytest.Monke
     assert str(caught.value) == "no such device (cuda:2): this machine has cuda:0, cuda:1, cpu"
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "", "cpu,", "cpu:0", "cuda:-1", "auto,cpu", "meta"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:0", "cuda:-1", "auto,cpu", "meta"])
 def test_unknown_devices(name: str) -> None:
     with pytest.raises(DeviceError, match="no such device") as caught:
         resolve_devices(name)
     assert caught.value.exit_code == 5
     assert "this machine has " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "cpu,", " , "])
+def test_empty_device_names(name: str) -> None:
+    with pytest.raises(DeviceError) as caught:
+        resolve_devices(name)
+    assert str(caught.value).startswith(f"empty device name ({name!r}): this machine has ")
 
 
 def test_one_device_at_a_time() -> None:

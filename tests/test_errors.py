@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bayesnet.errors import BayesnetError, ConfigError, InterruptedRunError, printable
+from bayesnet.errors import BayesnetError, ConfigError, InterruptedRunError, StopRequest, printable
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,8 @@ def test_the_line(where: object, hint: str | None, line: str) -> None:
 def test_an_interrupted_run() -> None:
     saved = InterruptedRunError(15, where="runs/a", hint="continue with `bayesnet train --resume runs/a`")
     assert str(saved) == "interrupted, checkpoint saved (runs/a): continue with `bayesnet train --resume runs/a`"
-    assert str(InterruptedRunError(2, saved=False)) == "interrupted"
+    assert not isinstance(StopRequest(2), Exception), "a decoder's error handling would swallow it"
+    assert (str(StopRequest(15)), StopRequest(15).exit_code) == ("interrupted", 143)
     assert (saved.exit_code, InterruptedRunError(2).exit_code, InterruptedRunError.exit_code) == (143, 130, 1)
 
 

@@ -1,7 +1,6 @@
 """Metrics against scikit-learn, brute force and each other; their intervals against simulated truth.
 
-Seeds are fixed, so a green test stays green; under fresh seeds each stochastic bound is exceeded with the probability
-that its comment states.
+Seeds are fixed; under fresh ones each stochastic bound is exceeded with the probability that its comment states.
 """
 
 from __future__ import annotations

@@ -81,14 +81,14 @@ def test_absent_progress_is_refused() -> None:
 
 
 def test_the_result_names_the_best_checkpoint() -> None:
-    result = progress().result(Path("checkpoints"))
-    assert result.best == Path("checkpoints") / "step-00000010"
-    assert (result.best_epoch, result.validation_nll) == (1, 1.25)
-    assert (result.initial_scale, result.final_scale) == (0.06, None)
+    result = progress().result(Path("checkpoints"), "best")
+    assert result.chosen == Path("checkpoints") / "step-00000010"
+    assert (result.epoch, result.report) == (1, REPORTS[0])
+    assert result.initial_scale == 0.06
     assert result.reports == tuple(REPORTS)
 
 
 def test_without_a_best_epoch_there_is_no_result() -> None:
     with pytest.raises(DivergedError) as caught:
-        Progress().result(Path("checkpoints"))
+        Progress().result(Path("checkpoints"), "last")
     assert str(caught.value) == "no epoch had a finite validation loss (checkpoints)"

@@ -17,7 +17,7 @@ def test_a_table() -> None:
     assert dict(COLOURS) == {"red": 1, "green": 2, "blue": 3}
     assert "red" in COLOURS
     assert "gren" not in COLOURS
-    assert [] not in COLOURS  # type: ignore[operator]
+    assert [] not in COLOURS  # type: ignore[comparison-overlap]
 
 
 def test_a_near_miss_gets_a_suggestion() -> None:

@@ -63,7 +63,7 @@ def test_the_family_of_a_configuration(tmp_path: Path) -> None:
     bayesian = "digits/mean_field"
     assert resolve_settings(config=bayesian, bayesian=True).inference.family == "mean_field"
     assert resolve_settings(config=bayesian, family="deterministic").inference.family == "deterministic"
-    assert resolve_settings(config="digits/deterministic", bayesian=True).inference == MeanFieldConfig()
+    assert isinstance(resolve_settings(config="digits/deterministic", bayesian=True).inference, MeanFieldConfig)
     bare = tmp_path / "bare.toml"
     bare.write_text("[training]\nepochs = 2\n")
     assert resolve_settings(config=str(bare)).inference.family == DEFAULT_FAMILY

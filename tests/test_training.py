@@ -196,9 +196,9 @@ def test_an_interrupted_fit_ends_as_the_straight_one(tmp_path: Path, family: str
         assert resume.step == stop
     resumed = run_fit(directory, family, resume=resume)
     assert_same(newest(tmp_path / "straight"), newest(directory))
-    assert_same(load_checkpoint(straight.result.best), load_checkpoint(resumed.result.best))
+    assert_same(load_checkpoint(straight.result.chosen), load_checkpoint(resumed.result.chosen))
     assert without_seconds(straight.result.reports) == without_seconds(resumed.result.reports)
-    assert straight.result[1:3] == resumed.result[1:3]
+    assert straight.result.epoch == resumed.result.epoch
     assert straight.result.initial_scale == resumed.result.initial_scale
     assert straight.examples.calls[stops[-1] :] == resumed.examples.calls
 
@@ -233,7 +233,8 @@ def test_both_models_see_the_same_batches(tmp_path: Path) -> None:
 
 def test_each_epoch_reads_every_image_once_in_its_own_order(tmp_path: Path) -> None:
     calls = run_fit(tmp_path).examples.calls
-    epochs = [sum(calls[start : start + STEPS_PER_EPOCH], []) for start in range(0, len(calls), STEPS_PER_EPOCH)]
+    starts = range(0, len(calls), STEPS_PER_EPOCH)
+    epochs = [[index for call in calls[start : start + STEPS_PER_EPOCH] for index in call] for start in starts]
     assert [sorted(epoch) for epoch in epochs] == [list(range(NUM_IMAGES))] * EPOCHS
     assert len({tuple(epoch) for epoch in epochs}) == EPOCHS
     assert [len(call) for call in calls[:STEPS_PER_EPOCH]] == [8, 8, 8, 8, 9]
@@ -284,7 +285,7 @@ def test_reports(tmp_path: Path) -> None:
         assert math.isfinite(report.train_nll)
     last = fitted.result.reports[-1]
     assert last.validation_nll == mean_nll(fitted.posterior)
-    assert last.posterior_scale == fitted.result.final_scale == median_scale(fitted.posterior)
+    assert last.posterior_scale == median_scale(fitted.posterior)
     assert fitted.result.initial_scale == median_scale(make_posterior("mean_field"))
     assert newest(tmp_path).state["note"] == "kept"
 
@@ -292,9 +293,25 @@ def test_reports(tmp_path: Path) -> None:
 def test_the_best_checkpoint_has_the_lowest_validation_loss(tmp_path: Path) -> None:
     training = TrainingConfig(epochs=5, batch_size=BATCH_SIZE)
     result = run_fit(tmp_path, training=training, validate=scripted(math.nan, 0.5, 0.2, math.nan, 0.3)).result
-    assert (result.best_epoch, result.validation_nll) == (3, 0.2)
-    assert load_checkpoint(result.best).step == 3 * STEPS_PER_EPOCH
+    assert (result.epoch, result.report.validation_nll) == (3, 0.2)
+    assert load_checkpoint(result.chosen).step == 3 * STEPS_PER_EPOCH
     assert [report.validation_nll for report in result.reports][1:3] == [0.5, 0.2]
+
+
+def test_the_last_checkpoint_can_be_chosen_instead(tmp_path: Path) -> None:
+    training = TrainingConfig(epochs=3, batch_size=BATCH_SIZE, selection="last")
+    result = run_fit(tmp_path, training=training, validate=scripted(0.5, 0.2, 0.3)).result
+    assert (result.epoch, load_checkpoint(result.chosen).step) == (3, 3 * STEPS_PER_EPOCH)
+    best = load_checkpoint(tmp_path / f"step-{2 * STEPS_PER_EPOCH:08d}")
+    assert best.step == 2 * STEPS_PER_EPOCH, "the best is kept too"
+
+
+def test_what_an_earlier_checkpoint_calls_the_best_outlives_it(tmp_path: Path) -> None:
+    """Epoch 3 is the best, but should its checkpoint be damaged, epoch 2 goes on with epoch 1 as the best."""
+    training = TrainingConfig(epochs=3, batch_size=BATCH_SIZE)
+    run_fit(tmp_path, training=training, validate=scripted(0.2, 0.5, 0.1))
+    for epoch in (1, 2, 3):
+        assert load_checkpoint(tmp_path / f"step-{epoch * STEPS_PER_EPOCH:08d}").step == epoch * STEPS_PER_EPOCH
 
 
 def test_what_pruning_keeps(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from bayesnet.data.preprocessing import Preprocessing
 from bayesnet.data.scan import Scan, SourceFile, scan_folder
 from bayesnet.data.splits import check_every_class, stratified_split
 from bayesnet.data.statistics import channel_statistics
-from bayesnet.errors import ConfigError, printable
+from bayesnet.errors import ConfigError, DataError, printable
 
 SIZE_SAMPLE = 200
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 8, 224, 8
@@ -46,6 +46,10 @@ def load_folder(config: DataConfig, argument: str, preprocessing: Preprocessing 
         root = Path(argument).expanduser().absolute()
     except RuntimeError as error:
         raise ConfigError("cannot find the home folder", where=argument) from error
+    try:
+        str(root).encode()
+    except UnicodeEncodeError as error:  # the path goes into the run's config.toml, which is UTF-8
+        raise DataError("the folder's path is not UTF-8", where=root, hint="rename it") from error
     scan = scan_folder(root)
     files, carve_notes = _four_splits(scan, config, root)
     notes = [*scan.notes, *carve_notes]

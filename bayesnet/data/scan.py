@@ -68,7 +68,9 @@ def scan_folder(root: Path) -> Scan:
     classes = tuple(sorted(files["train"], key=natural_key))
     if len(classes) < 2:
         hint = "make one sub-folder of images per class"
-        raise DataError(f"found {len(classes)} class folders, need at least 2", where=root, hint=hint)
+        raise DataError(
+            f"found {len(classes)} class folder{'s' * (len(classes) != 1)}, need at least 2", where=root, hint=hint
+        )
     for split in files:
         _check_class_names(root, split, tuple(files[split]), classes)
     return Scan(classes, files, walker.notes())

@@ -73,7 +73,7 @@ def check_every_class(splits: Sequence[Tensor], labels_N: Tensor, classes: Seque
         if counts_K.min() == 0:
             label = int(counts_K.argmin())
             raise DataError(
-                f"class has {int((labels_N == label).sum())} images, too few for {len(splits)} splits",
+                f"class has {_count(int((labels_N == label).sum()))}, too few for {len(splits)} splits",
                 where=classes[label],
                 hint=f"add images, give the splits as folders of their own, or change {config_key}",
             )
@@ -105,3 +105,7 @@ def _apportion(count: int, fractions: Sequence[float], position: int) -> list[in
         sizes[sizes.index(max(sizes))] -= 1
         sizes[0] = 1
     return sizes
+
+
+def _count(num_images: int) -> str:
+    return f"{num_images} image{'s' * (num_images != 1)}"

@@ -2,7 +2,8 @@
 
 One quasi-random table per model makes predictions deterministic and independent of what else is in the batch, with less
 Monte Carlo error than as many independent draws. Rows are draws; columns are the independent directions of one image's
-logits. Scrambled Sobol points up to the 21,201 columns that torch's direction numbers reach, Latin hypercube above.
+logits. Scrambled Sobol points up to 32 columns, a Latin hypercube above: among the first 256 Sobol points some pairs of
+many columns are strongly correlated (0.44 at 100 columns, 0.94 at 1,000), those of a Latin hypercube never are (0.3).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.quasirandom import SobolEngine
 from bayesnet.config import require
 
 TABLE_SIZE = 256
+MAX_SOBOL_COLUMNS = 32
 
 
 def normal_table(num_draws: int, num_columns: int, *, seed: int) -> Tensor:
@@ -29,7 +31,7 @@ def normal_table(num_draws: int, num_columns: int, *, seed: int) -> Tensor:
         >>> table.shape, bool(table.mean(0).abs().max() < 1e-6)
         (torch.Size([256, 3]), True)
     """
-    if num_columns <= SobolEngine.MAXDIM:
+    if num_columns <= MAX_SOBOL_COLUMNS:
         uniform_SE = SobolEngine(num_columns, scramble=True, seed=seed).draw(num_draws, dtype=torch.float64)
     else:
         generator = torch.Generator().manual_seed(seed)

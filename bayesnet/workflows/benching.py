@@ -20,7 +20,7 @@ from bayesnet.rundir import RunDirectory, find_run
 from bayesnet.settings import Settings, build_settings, resolve_settings
 from bayesnet.types import JsonObject
 from bayesnet.workflows.environment import environment
-from bayesnet.workflows.trained import load_model, model_name, new_posterior, trained_names
+from bayesnet.workflows.trained import load_model, model_name, new_posterior, read_finished, trained_names
 
 ROUNDS = 20
 NUM_INPUTS = 4
@@ -40,7 +40,7 @@ Arm = Callable[[], object]
 
 
 def bench(
-    run: Path | None = None,
+    run: str | Path | None = None,
     *,
     devices: str = "auto",
     batch: int | None = None,
@@ -112,7 +112,7 @@ class _Measured:
         return self.train_batch if phase == "train" else self.predict_batch
 
 
-def _subjects(run: Path | None) -> tuple[str, dict[str, _Subject]]:
+def _subjects(run: str | Path | None) -> tuple[str, dict[str, _Subject]]:
     """Return where the models come from, and the twin and the Bayesian model of it."""
     try:
         directory = find_run(run)
@@ -132,7 +132,7 @@ def _recipe_subjects() -> dict[str, _Subject]:
 
 def _run_subjects(directory: RunDirectory) -> dict[str, _Subject]:
     """Return the run's models; where it has the twin alone, the default Bayesian head stands beside it."""
-    models = [load_model(directory, name) for name in trained_names(directory.read_summary(), directory.path)]
+    models = [load_model(directory, name) for name in trained_names(read_finished(directory), directory.path)]
     subjects = {
         model.name: _Subject(model.settings, model.preprocessing, len(model.classes), model.num_examples)
         for model in models

@@ -17,12 +17,19 @@ from bayesnet.config import require
 from bayesnet.data import ImageData
 from bayesnet.data.splits import halves
 from bayesnet.engine import Engine
-from bayesnet.plots import reliability_diagram
+from bayesnet.errors import DataError
 from bayesnet.predictive import Predictor, log_mean_exp
 from bayesnet.report import CalibrationReport, calibration_report
 from bayesnet.rundir import RunDirectory, find_run
 from bayesnet.types import JsonObject
-from bayesnet.workflows.trained import TrainedModel, load_model, read_data, read_settings, trained_names
+from bayesnet.workflows.trained import (
+    TrainedModel,
+    load_model,
+    read_data,
+    read_finished,
+    read_settings,
+    trained_names,
+)
 
 COMPARED = ("nll", "brier", "accuracy")
 
@@ -44,7 +51,7 @@ class _Tested(NamedTuple):
     after: NDArray[np.float64]
 
 
-def calibrate(run: Path | None = None, *, alpha: float = 0.1, devices: str = "auto") -> JsonObject:
+def calibrate(run: str | Path | None = None, *, alpha: float = 0.1, devices: str = "auto") -> JsonObject:
     """Calibrate the models of a run and say, with error bars, what it changed and which model is better.
 
     The calibration split is halved by seed: half A fits the temperature, half B sets the conformal threshold; only then
@@ -66,10 +73,12 @@ def calibrate(run: Path | None = None, *, alpha: float = 0.1, devices: str = "au
     directory = find_run(run)
     with directory.lock():
         settings = read_settings(directory)
-        names = trained_names(directory.read_summary(), directory.path)
+        names = trained_names(read_finished(directory), directory.path)
         engine = Engine.for_one(devices)
         models = {name: load_model(directory, name) for name in names}
-        data = read_data(directory, settings)
+        data = read_data(directory, settings, models[names[0]].preprocessing)
+        if len(data.calibration) < 2:
+            raise DataError("the calibration split has fewer than 2 images", where=data.spec, hint="add some")
         frozen = {name: _freeze(model, data, engine, alpha, settings.data.seed) for name, model in models.items()}
         tested = {
             name: _Tested(*each.predictor.probabilities_under(data.test, [Identity(), each.calibrator]))
@@ -83,21 +92,27 @@ def _freeze(model: TrainedModel, data: ImageData, engine: Engine, alpha: float, 
     predictor = model.predictor(engine)
     labels_N = data.calibration.labels_N
     half_a, half_b = halves(labels_N, seed)
-    draws_SNK = predictor.raw_draws(data.calibration)
-    calibrator, notice = _fit_calibrator(draws_SNK[:, half_a], labels_N[half_a])
-    calibrated_BK = log_mean_exp(calibrator(draws_SNK[:, half_b].double()), 0).exp()
-    threshold = fit_lac(calibrated_BK.numpy(), labels_N[half_b].numpy(), alpha)
+    calibrator, notice = fit_temperature(predictor.raw_draws(data.calibration, half_a), labels_N[half_a])
+    [calibrated_NK] = predictor.probabilities_under(data.calibration, [calibrator], half_b)
+    threshold = fit_lac(calibrated_NK, labels_N[half_b].numpy(), alpha)
     return _Frozen(model, predictor, calibrator, notice, threshold)
 
 
-def _fit_calibrator(draws_SNK: Tensor, labels_N: Tensor) -> tuple[Calibrator, str | None]:
+def fit_temperature(draws_SNK: Tensor, labels_N: Tensor) -> tuple[Calibrator, str | None]:
     """Return the temperature fitted on half A, or the identity and why where half A cannot tell one.
 
-    Without an error on half A its NLL falls without end as T falls: the best there would be the most overconfident.
+    Where every image of half A is classified right, its NLL falls without end as T falls: the temperature that it asks
+    for is the most overconfident one, and ruins the NLL of the first error elsewhere.
+
+    Args:
+        draws_SNK: Log-probabilities (S, N, K) on half A.
+        labels_N: Its labels (N,).
     """
+    errors = int((log_mean_exp(draws_SNK.double(), 0).argmax(1) != labels_N).sum())
     calibrator = CALIBRATORS["temperature"].fit(draws_SNK, labels_N)
-    if isinstance(calibrator, Temperature) and calibrator.at_bound:
-        return Identity(), f"{len(labels_N)} calibration images cannot tell a temperature, so none is applied"
+    if not errors or (isinstance(calibrator, Temperature) and calibrator.at_bound):
+        found = f"{len(labels_N)} images of half A with {errors} errors"
+        return Identity(), f"no temperature is applied: {found} cannot tell one"
     return calibrator, None
 
 
@@ -108,6 +123,8 @@ def _publish(run: RunDirectory, data: ImageData, frozen: dict[str, _Frozen], tes
     panels: dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]] = {}
     for name, each in tested.items():
         panels |= {f"{name}, before": (each.before, labels_N), f"{name}, after": (each.after, labels_N)}
+    from bayesnet.plots import reliability_diagram  # matplotlib takes half a second to import
+
     image = reliability_diagram(panels)
     differences: JsonObject = {}
     if len(tested) > 1:

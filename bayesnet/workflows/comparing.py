@@ -18,22 +18,22 @@ from bayesnet.workflows.trained import (
 )
 
 
-def compare(runs: Sequence[Path]) -> JsonObject:
+def compare(runs: Sequence[str | Path]) -> JsonObject:
     """Return the metrics of every model of the runs, before and after calibration where `calibrate` has run.
 
     Args:
         runs: Finished run directories.
 
     Returns:
-        ``rows`` (run, data, model, family, seed, calibrated, metrics) and ``same_test_split``: whether all runs were
-        tested on the same images, without which their metrics cannot be compared.
+        ``rows`` (run, data, model, family, seed, calibrated, metrics) and ``same_test_split``: whether all runs have
+        the same data and splits, without which their metrics cannot be compared.
 
     Raises:
         CheckpointError: A run is missing, unfinished or damaged.
     """
     rows: list[JsonObject] = []
     fingerprints = set()
-    for path in runs:
+    for path in map(Path, runs):
         run = RunDirectory.open(path)
         if not run.is_finished:
             hint = f"finish it with `bayesnet train --resume {path}`"

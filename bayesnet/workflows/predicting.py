@@ -16,7 +16,13 @@ from bayesnet.errors import DataError
 from bayesnet.predictive import interval_kind, summarize
 from bayesnet.rundir import find_run
 from bayesnet.types import JsonObject, Summary
-from bayesnet.workflows.trained import load_calibration, load_calibrator, load_model, trained_names
+from bayesnet.workflows.trained import (
+    load_calibration,
+    load_model,
+    read_finished,
+    record_calibrator,
+    trained_names,
+)
 
 
 class ImageClassifier:
@@ -35,7 +41,7 @@ class ImageClassifier:
 
     def __init__(
         self,
-        run: Path | None = None,
+        run: str | Path | None = None,
         *,
         model: str | None = None,
         level: float = 0.9,
@@ -45,15 +51,15 @@ class ImageClassifier:
         require(0 < level < 1, "must lie between 0 and 1", where=f"interval = {level}")
         require(samples is None or samples >= 1, "must be a power of two from 1 to 256", where=f"samples = {samples}")
         directory = find_run(run)
-        names = trained_names(directory.read_summary(), directory.path)
+        names = trained_names(read_finished(directory), directory.path)
         require(
             model is None or model in names, f"the run has no such model, it has {', '.join(names)}", where=f"{model}"
         )
         trained = load_model(directory, model or names[-1])
         self.run, self.model, self.level, self.classes = directory.path, trained.name, level, trained.classes
-        calibrator = load_calibrator(directory, trained)
-        self.predictor = trained.predictor(Engine.for_one(devices), calibrator=calibrator, num_samples=samples)
         record = load_calibration(directory, trained)
+        calibrator = None if record is None else record_calibrator(directory, record)
+        self.predictor = trained.predictor(Engine.for_one(devices), calibrator=calibrator, num_samples=samples)
         self.calibrated = record is not None
         self.threshold = None if record is None else threshold_from_json(record["threshold"])
         self.preprocessing = trained.preprocessing
@@ -124,9 +130,9 @@ class ImageClassifier:
 
 
 def predict(
-    paths: Sequence[Path],
+    paths: Sequence[str | Path],
     *,
-    run: Path | None = None,
+    run: str | Path | None = None,
     model: str | None = None,
     interval: float = 0.9,
     samples: int | None = None,

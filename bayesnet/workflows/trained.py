@@ -10,7 +10,6 @@ import torch
 
 from bayesnet.backbones import build_backbone
 from bayesnet.calibration import Calibrator, calibrator_from_json
-from bayesnet.calibration.identity import Identity
 from bayesnet.checkpoint import load_checkpoint, step_name
 from bayesnet.config import read_toml
 from bayesnet.data import ImageData, Preprocessing, load_data
@@ -30,7 +29,7 @@ EVALUATION = (*METRICS, "num_test", "ci95")
 """What every evaluation on the test split holds, before and after calibration."""
 
 _DATA_KEYS = ("name", "classes", "num_train", "num_validation", "num_calibration", "num_test")
-_FIT_KEYS = ("family", "best_step", "digest", "train_nll", "kl", "kl_per_example", "posterior_scale", "seconds")
+_FIT_KEYS = ("family", "step", "digest", "train_nll", "kl", "kl_per_example", "posterior_scale", "seconds")
 
 
 class TrainedModel(NamedTuple):
@@ -95,13 +94,13 @@ def read_settings(run: RunDirectory) -> Settings:
         raise CheckpointError("the run's configuration is not valid", where=run.config, hint=str(error)) from error
 
 
-def read_data(run: RunDirectory, settings: Settings) -> ImageData:
-    """Return the data set of a run, made sure to be the one that it was trained on.
+def read_data(run: RunDirectory, settings: Settings, preprocessing: Preprocessing) -> ImageData:
+    """Return the data set of a run, made sure to be the one that it was trained on, preprocessed as it was then.
 
     Raises:
         DataError: The data set is gone, unreadable, or not what it was.
     """
-    data = load_data(settings.data)
+    data = load_data(settings.data, preprocessing)
     if data.fingerprint != run.read_summary().get("fingerprint"):
         raise DataError("the data set has changed since training", where=data.spec, hint="restore it, or train again")
     return data
@@ -152,7 +151,7 @@ def load_model(run: RunDirectory, name: str) -> TrainedModel:
     summary = run.read_summary()
     try:
         record = summary["models"][name]
-        step, digest = step_name(int(record["best_step"])), str(record["digest"])
+        step, digest = step_name(int(record["step"])), str(record["digest"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the run has no finished {name} model", where=run.path) from error
     checkpoint = load_checkpoint(run.model_checkpoints(name) / step, digest=digest)
@@ -173,15 +172,12 @@ def load_model(run: RunDirectory, name: str) -> TrainedModel:
     return TrainedModel(name, settings, posterior.eval(), preprocessing, classes, checkpoint.digest, num_examples)
 
 
-def load_calibrator(run: RunDirectory, model: TrainedModel) -> Calibrator:
-    """Return the calibrator that `calibrate` stored for this model, or the identity where it has not run.
+def record_calibrator(run: RunDirectory, record: JsonObject) -> Calibrator:
+    """Return the calibrator of a record that `load_calibration` gave.
 
     Raises:
-        CheckpointError: calibration.json is damaged, or belongs to another checkpoint.
+        CheckpointError: It is unknown or damaged.
     """
-    record = load_calibration(run, model)
-    if record is None:
-        return Identity()
     try:
         return calibrator_from_json(record["calibrator"])
     except ConfigError as error:

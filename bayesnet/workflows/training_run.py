@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import tomli_w
+import torch
 
 from bayesnet import metrics
 from bayesnet.checkpoint import checkpoint_digest
 from bayesnet.data import ImageData, load_data
 from bayesnet.data.images import write_png
 from bayesnet.engine import Engine
-from bayesnet.errors import ConfigError, DataError, InterruptedRunError
+from bayesnet.errors import ConfigError, DataError, InterruptedRunError, StopRequest
 from bayesnet.progress import FitResult
 from bayesnet.rundir import RunDirectory
 from bayesnet.settings import Settings, resolve_settings
@@ -37,8 +39,8 @@ def train(
     devices: str | None = None,
     config: str | None = None,
     overrides: Sequence[str] = (),
-    out: Path | None = None,
-    resume: Path | None = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
     listener: TrainListener | None = None,
     stop_signal: Callable[[], int | None] = lambda: None,
 ) -> JsonObject:
@@ -74,19 +76,10 @@ def train(
     kept = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in given.items()}
     flags = {section: values for section, values in kept.items() if values}
     if resume is not None:
-        if (
-            data
-            or family
-            or backbone
-            or config
-            or overrides
-            or out
-            or epochs is not None
-            or seed is not None
-            or bayesian
-        ):
+        settled = (data, family, backbone, epochs, seed, config, out)
+        if bayesian or overrides or any(value is not None for value in settled):
             raise ConfigError("--resume takes its settings from the run", where=resume, hint="give only --devices")
-        return _resume(resume, devices, listener, stop_signal)
+        return _resume(Path(resume), devices, listener, stop_signal)
     settings = resolve_settings(
         config=config, data=data, family=family, bayesian=bayesian, overrides=overrides, flags=flags
     )
@@ -94,7 +87,7 @@ def train(
     image_data = _load(settings, listener)
     # An absolute path, so that later commands find the data from any directory.
     settings = replace(settings, data=replace(settings.data, spec=image_data.spec))
-    run = RunDirectory.create(out, f"{image_data.name}-{settings.inference.family}")
+    run = RunDirectory.create(None if out is None else Path(out), f"{image_data.name}-{settings.inference.family}")
     try:
         with run.lock():
             _write_head(run, settings, image_data)
@@ -115,6 +108,11 @@ def _resume(
         return summary
     settings = read_settings(run)
     engine = Engine.for_one(devices or settings.engine.devices)
+    threads = run.read_json(run.environment.name).get("threads")
+    if threads != torch.get_num_threads():
+        listener.on_note(
+            f"begun with {threads} threads, going on with {torch.get_num_threads()}: as good, but not bit-equal"
+        )
     with run.lock():
         image_data = _load(settings, listener)
         if run.read_json(run.classes.name).get("fingerprint") != image_data.fingerprint:
@@ -142,10 +140,10 @@ def _train(settings: Settings, context: RunContext) -> JsonObject:
     run = context.run
     try:
         return _fit_and_evaluate(settings, context)
-    except InterruptedRunError as error:
-        if not any(run.path.glob("models/*/checkpoints/step-*")):
+    except (InterruptedRunError, StopRequest) as error:
+        if not run.has_checkpoint:
             raise
-        hint = f"continue with `bayesnet train --resume {run.path}`"
+        hint = f"continue with `bayesnet train --resume {shlex.quote(str(run.path))}`"
         raise InterruptedRunError(error.exit_code - 128, where=run.path, hint=hint) from None
 
 
@@ -204,17 +202,17 @@ def _data_record(data: ImageData) -> JsonObject:
 
 
 def _fit_record(settings: Settings, result: FitResult) -> JsonObject:
-    """Return what the summary says of how a model was fitted."""
-    last, best = result.reports[-1], result.reports[result.best_epoch - 1]
+    """Return what the summary says of how a model was fitted: all of it about the chosen epoch, but for the seconds."""
+    report = result.report
     return {
         "family": settings.inference.family,
-        "best_epoch": best.epoch,
-        "best_step": best.step,
-        "digest": checkpoint_digest(result.best),
-        "validation_nll": best.validation_nll,
-        "train_nll": last.train_nll,
-        "kl": last.kl,
-        "kl_per_example": last.kl_per_example,
-        "posterior_scale": {"initial": result.initial_scale, "final": result.final_scale},
-        "seconds": last.seconds,
+        "epoch": report.epoch,
+        "step": report.step,
+        "digest": checkpoint_digest(result.chosen),
+        "validation_nll": report.validation_nll,
+        "train_nll": report.train_nll,
+        "kl": report.kl,
+        "kl_per_example": report.kl_per_example,
+        "posterior_scale": {"initial": result.initial_scale, "final": report.posterior_scale},
+        "seconds": result.reports[-1].seconds,
     }

@@ -127,7 +127,15 @@ def test_hostile_names_drive_no_terminal(run_cli: RunCli, folder_copy: Path) -> 
     assert {character for character in shown if not character.isprintable()} == {"\n"}
 
 
-@pytest.mark.parametrize("line", ["--help", "train --help", "predict {run}/examples --run {run}", "trian --json"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        "train --help",
+        "trian --json",
+        pytest.param("predict {run}/examples --run {run}", marks=pytest.mark.slow),
+    ],
+)
 def test_a_reader_that_goes_away_is_no_bug(calibrated_run: Path, line: str) -> None:
     """As in `bayesnet predict ... | head -1`: no traceback, and the exit code that shells give a broken pipe."""
     reader, writer = os.pipe()

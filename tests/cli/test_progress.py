@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bayesnet_cli.progress import TrainProgress
 
 from bayesnet.checkpoint import load_checkpoint
 from bayesnet.progress import EpochReport
-from bayesnet_cli.progress import TrainProgress
 
 RunCli = Callable[..., tuple[int, str, str]]
 
@@ -49,7 +49,7 @@ def straight(run_cli: RunCli, folder_data: Path) -> Path:
 
 def best(run: Path, model: str) -> dict[str, torch.Tensor]:
     summary = json.loads((run / "summary.json").read_text())
-    step = summary["models"][model]["best_step"]
+    step = summary["models"][model]["step"]
     return load_checkpoint(run / "models" / model / "checkpoints" / f"step-{step:08d}").tensors
 
 

@@ -40,19 +40,19 @@ EXIT_CODES = {
 METRICS = "accuracy nll brier ece ace mce aurc auroc_error"
 EVALUATED = f"{METRICS} num_test ci95{{ {METRICS} }}"
 EVALUATION = f"{EVALUATED} ece_null95 ece_debiased num_errors num_infinite_nll"
-CONFORMAL = "method alpha threshold coverage coverage_band mean_set_size num_calibration num_empty num_test notice"
+CONFORMAL = "method alpha threshold coverage coverage_band mean_set_size num_empty num_calibration num_test notice"
 ENVIRONMENT = "versions devices platform machine threads cpus"
 # NAME stands for deterministic and bayesian. What may differ from machine to machine is not looked into.
 JSON_KEYS = {
     "train": """
         run fingerprint seconds finished finished_at
         data{ name num_train num_validation num_calibration num_test classes }
-        models{ NAME{ EVALUATION family best_epoch best_step digest validation_nll train_nll kl kl_per_example seconds
+        models{ NAME{ EVALUATION family epoch step digest validation_nll train_nll kl kl_per_example seconds
             posterior_scale{ initial final } } }""",
     "calibrate": """
         run sentence report
-        models{ NAME{ family digest before{ EVALUATION } after{ EVALUATION } calibrator{ name temperature } temperature notice
-            threshold{ method alpha threshold num_calibration } conformal{ lac{ CONFORMAL } } } }
+        models{ NAME{ family digest before{ EVALUATION } after{ EVALUATION } calibrator{ name temperature } temperature
+            notice threshold{ method alpha threshold num_calibration } conformal{ lac{ CONFORMAL } } } }
         differences{ nll{ difference ci95 } brier{ difference ci95 } accuracy{ difference ci95 } }
         conformal{ CONFORMAL }""",
     "predict": """

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from bayesnet import strict_json
+
 RunCli = Callable[..., tuple[int, str, str]]
 Snapshot = Callable[[Path], dict[str, str]]
 
@@ -26,7 +28,7 @@ BENCH = "bench {run} --seconds 0.1"
 
 def checkpoint(run: Path, model: str = "bayesian") -> Path:
     summary = json.loads((run / "summary.json").read_text())
-    return run / "models" / model / "checkpoints" / f"step-{summary['models'][model]['best_step']:08d}"
+    return run / "models" / model / "checkpoints" / f"step-{summary['models'][model]['step']:08d}"
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:
@@ -64,7 +66,7 @@ def of_model(change: Callable[[Any], None]) -> Callable[[Any], None]:
     return lambda record: change(record["models"]["bayesian"])
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "tensors flipped": (lambda run: flip(checkpoint(run) / "tensors.safetensors"), "SHA-256 differs from the manifest"),
     "state flipped": (lambda run: flip(checkpoint(run) / "state.json"), "SHA-256 differs from the manifest"),
     "manifest flipped": (lambda run: flip(checkpoint(run) / "MANIFEST.json"), "does not match the expected digest"),
@@ -79,7 +81,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "classes gone": (lambda run: (run / "classes.json").unlink(), "run is incomplete, classes.json is missing"),
     "digest edited": (in_json("summary.json", of_model(lambda m: m.update(digest="0" * 64))), "not match the expected"),
     "step edited": (
-        in_json("summary.json", of_model(lambda m: m.update(best_step=-1))),
+        in_json("summary.json", of_model(lambda m: m.update(step=-1))),
         "has no finished bayesian model",
     ),
     "model gone": (in_json("summary.json", lambda record: record.update(models={})), "the run has no trained model"),

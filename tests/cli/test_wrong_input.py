@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bayesnet.errors import StopRequest
 from bayesnet.rundir import RunDirectory
 
 RunCli = Callable[..., tuple[int, str, str]]
@@ -130,10 +131,15 @@ def test_a_bug_is_called_one(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -
     assert run_cli("doctor") == (1, "", f"{PREFIX}{what}\n")
 
 
+OUT_OF_MEMORY = "out of memory: lower training.batch_size, predict.chunk_size or backbone.width"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (MemoryError(), 5, "out of memory: lower training.batch_size or predict.chunk_size"),
+        (MemoryError(), 5, OUT_OF_MEMORY),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 5, OUT_OF_MEMORY),
+        (StopRequest(15), 143, "interrupted"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (PermissionError(13, "Permission denied", "some\nwhere"), 6, "Permission denied (some\\nwhere)"),
     ],
@@ -154,7 +160,7 @@ def test_folders_that_cannot_be_used(refused: Refused, workplace: Path, tmp_path
     (single / "cat").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(single / "cat" / "a.png")
     refused("train --data folder:{path}", 3, "found 0 class folders, need at least 2 ({path})", path=empty)
-    refused("train --data folder:{path}", 3, "found 1 class folders, need at least 2 ({path})", path=single)
+    refused("train --data folder:{path}", 3, "found 1 class folder, need at least 2 ({path})", path=single)
     (single / "dog").mkdir()
     refused("train --data folder:{path}", 3, "class folder has no image ({path}/dog)", path=single)
     refused("predict {path} --run {path}", 4, "not a run directory, it has no config.toml", path=empty)

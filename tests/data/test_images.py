@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 from bayesnet.data import images
 from bayesnet.data.images import image_paths, image_size, read_image, write_png
 from bayesnet.data.preprocessing import Preprocessing
-from bayesnet.errors import DataError
+from bayesnet.errors import DataError, StopRequest
 
 # The transposition that an orientation undoes when the image is shown.
 STORED = {
@@ -224,3 +224,16 @@ def test_write_png_round_trip(tmp_path: Path, channels: int) -> None:
 def test_truncated_images_are_never_allowed_by_the_library() -> None:
     sources = Path(images.__file__).parent.rglob("*.py")
     assert not [path for path in sources if "LOAD_TRUNCATED" in path.read_text()]
+
+
+def test_a_signal_while_decoding_is_no_corrupt_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C must end a long scan, not turn the image at hand into a corrupt one."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+
+    def interrupted(*args: object) -> None:
+        raise StopRequest(2)
+
+    monkeypatch.setattr(images, "_to_tensor", interrupted)
+    with pytest.raises(StopRequest):
+        read_image(path, Preprocessing(channels=3, height=8, width=8, mean=(0.5,) * 3, std=(0.5,) * 3))

@@ -1,14 +1,16 @@
 """T1 to T4: the evidence lower bound against exact answers, and planted bugs that each test must reject.
 
-False alarms: comparisons of closed forms have none. Monte Carlo comparisons reject at |z| > 4.892 (1e-6 two-sided) with
-fixed seeds. With the sample sizes below, T2 catches a bias of the ELBO of 0.1 nat with power above 0.99.
+T1, T3 and T4 compare equalities: no false alarm, and any fault above 1e-6 is caught. T2 compares a Monte Carlo mean
+with the exact ELBO at |z| < 4.892 (false alarm 1e-6, fixed seeds); the smallest bias that it catches with power 0.99
+is (4.892 + 2.33) standard errors: for the whole data set 0.2 nat with the local estimator and 2.5 nats with the
+weight-space one, whose KL is compared as an equality (`test_the_stated_power_is_the_real_one` holds both numbers).
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 from unittest import mock
 
@@ -18,15 +20,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuide, AutoLowRankMultivariateNormal, AutoNormal
-from pyro.optim import Adam as PyroAdam  # type: ignore[attr-defined]
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
 from bayesnet import elbo, model
 from bayesnet.elbo import local_loss, trace_elbo, weight_space_loss
 from bayesnet.inference.mean_field import MeanFieldGuide
 from bayesnet.model import LABEL, WEIGHT, BayesianHead
+from bayesnet.types import LogitGaussian
 
 Z_CUT = 4.892
 NOISE_SCALE = 0.5
@@ -157,7 +158,9 @@ def check_softmax_elbo() -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         moments, kl = problem.guide.logit_moments(problem.features_ND), problem.guide.kl(problem.head.prior_scale)
-        local = [local_loss(moments, problem.y_N, kl, num_examples) for _ in range(1500)]
+        # Every image 50 times: the mean of 50 draws each.
+        moments = LogitGaussian(*(part.repeat(50, *[1] * (part.dim() - 1)) for part in moments))
+        local = [local_loss(moments, problem.y_N.repeat(50), kl, num_examples) for _ in range(600)]
         arguments = (problem.head, problem.guide, problem.features_ND, problem.y_N, num_examples)
         weight = [weight_space_loss(*arguments) for _ in range(500)]
     expected = problem.exact_nll() + problem.exact_kl() / num_examples
@@ -179,6 +182,21 @@ def test_t2_linear_elbo() -> None:
 
 def test_t2_softmax_elbo_of_both_estimators() -> None:
     check_softmax_elbo()
+
+
+def test_the_stated_power_is_the_real_one() -> None:
+    """The docstring's smallest faults, from the spread of the very estimates that T2 averages."""
+    problem = binary_problem()
+    num_examples = len(problem.y_N)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        moments, kl = problem.guide.logit_moments(problem.features_ND), problem.guide.kl(problem.head.prior_scale)
+        local = [local_loss(moments, problem.y_N, kl, num_examples).nll for _ in range(400)]
+        arguments = (problem.head, problem.guide, problem.features_ND, problem.y_N, num_examples)
+        weight = [weight_space_loss(*arguments).nll for _ in range(400)]
+    for losses, num_draws, stated in ((local, 600 * 50, 0.2), (weight, 500, 2.5)):
+        error = num_examples * float(torch.stack(losses).std()) / math.sqrt(num_draws)
+        assert (Z_CUT + 2.33) * error == pytest.approx(stated, rel=0.25)
 
 
 def test_t2_kl_is_closed_form() -> None:
@@ -240,59 +258,6 @@ def check_vectorised_equals_loop(num_particles: int = 8) -> None:
 @pytest.mark.parametrize("num_particles", [1, 8])
 def test_t3_vectorised_equals_loop(num_particles: int) -> None:
     check_vectorised_equals_loop(num_particles)
-
-
-GUIDES: dict[str, Callable[[BayesianHead], torch.nn.Module]] = {
-    "own": lambda head: MeanFieldGuide(head.prior_scale, 0.3),
-    "AutoNormal": AutoNormal,
-    "AutoDiagonalNormal": AutoDiagonalNormal,
-    "AutoLowRankMultivariateNormal": AutoLowRankMultivariateNormal,
-}
-
-
-@pytest.mark.parametrize("num_particles", [1, 8])
-@pytest.mark.parametrize("stock", [Trace_ELBO, TraceMeanField_ELBO])
-@pytest.mark.parametrize("guide_name", list(GUIDES))
-def test_t3_every_guide_and_elbo(guide_name: str, stock: type[Trace_ELBO], num_particles: int) -> None:
-    head = BayesianHead(4, 3, 40, 1.0, 1.0)
-    generator = torch.Generator().manual_seed(4)
-    features_BD, y_B = torch.randn(10, 4, generator=generator), torch.randint(3, (10,), generator=generator)
-    torch.manual_seed(0)
-    # AutoNormal's sites are Deltas, for which the mean-field estimator warns that it samples the KL.
-    with pyro.get_param_store().scope(), torch.no_grad(), _ignored_mean_field_warning():
-        guide = GUIDES[guide_name](head)
-        if isinstance(guide, AutoGuide):
-            guide(features_BD, y_B)
-        samples = {}
-        for vectorise in (False, True):
-            estimator = stock(num_particles=num_particles, vectorize_particles=vectorise, max_plate_nesting=1)
-            losses = [estimator.loss(head, guide, features_BD, y_B) for _ in range(40)]
-            samples[vectorise] = torch.tensor(losses).double()
-    difference = samples[True].mean() - samples[False].mean()
-    error = ((samples[True].var() + samples[False].var()) / 40).sqrt()
-    assert abs(float(difference / error)) < Z_CUT
-
-
-@contextlib.contextmanager
-def _ignored_mean_field_warning() -> Iterator[None]:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module="pyro")
-        yield
-
-
-@pytest.mark.parametrize("parallel", [False, True])
-def test_t3_predictive(parallel: bool) -> None:
-    head = BayesianHead(4, 3, 40, 1.0, 1.0)
-    features_BD = torch.randn(10, 4, generator=torch.Generator().manual_seed(5))
-    with pyro.get_param_store().scope():
-        guide = MeanFieldGuide(head.prior_scale, 0.3)
-        draws = Predictive(head, guide=guide, num_samples=6, parallel=parallel, return_sites=[WEIGHT, LABEL])(
-            features_BD
-        )
-    assert draws[LABEL].numel() == 6 * 10
-    assert draws[WEIGHT].numel() == 6 * 3 * 5
 
 
 # T4: mini-batches, scaled, add up to the full data; the KL is counted once.
@@ -430,16 +395,3 @@ def test_planted_bug_is_rejected(name: str) -> None:
     plant, check = PLANTED[name]
     with plant(), pytest.raises(AssertionError):
         check()
-
-
-def test_stock_svi_still_works_after_importing_bayesnet() -> None:
-    pyro.clear_param_store()
-    head = BayesianHead(4, 3, 40, 1.0, 1.0)
-    generator = torch.Generator().manual_seed(6)
-    features_BD, y_B = torch.randn(40, 4, generator=generator), torch.randint(3, (40,), generator=generator)
-    torch.manual_seed(0)
-    svi = SVI(head, AutoNormal(head), PyroAdam({"lr": 0.05}), Trace_ELBO())
-    losses = [svi.step(features_BD, y_B) for _ in range(60)]
-    assert np.mean(losses[-10:]) < np.mean(losses[:10])
-    assert len(pyro.get_param_store()) > 0, "stock SVI keeps its parameters in the global store"
-    pyro.clear_param_store()

@@ -1,7 +1,7 @@
 """T16 and T17: the numerics of the posterior predictive, and its decomposition of uncertainty.
 
-Both are deterministic: no false alarms. T16 compares with 50-digit arithmetic (mpmath where installed, else Python's
-decimal), T17 with identities. Planted bugs of the field must be rejected.
+Both are deterministic: no false alarms. T16 compares with 50-digit arithmetic, T17 with identities. Planted bugs of the
+field must be rejected.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,15 +15,13 @@ from torch import Tensor
 from bayesnet import metrics, workflows
 from bayesnet.calibration import CALIBRATORS, CalibratorFamily, calibrator_from_json, fit_lac, prediction_sets
 from bayesnet.calibration import threshold_from_json as read_threshold
-from bayesnet.calibration.identity import Identity
-from bayesnet.calibration.temperature import Temperature
-from bayesnet.data import DataConfig, Examples, ImageData, load_data
+from bayesnet.data import ArrayExamples, DataConfig, Examples, ImageData, Preprocessing, load_data
 from bayesnet.data.splits import halves
 from bayesnet.engine import Engine
-from bayesnet.errors import BusyError, ConfigError
-from bayesnet.predictive import log_mean_exp
+from bayesnet.errors import BusyError, ConfigError, DataError
 from bayesnet.rundir import RunDirectory
-from bayesnet.workflows.calibrating import calibrate
+from bayesnet.settings import Settings
+from bayesnet.workflows.calibrating import calibrate, fit_temperature
 from bayesnet.workflows.trained import load_model, read_data
 
 Snapshot = Callable[[Path], dict[str, str]]
@@ -33,7 +32,7 @@ MODELS = ("deterministic", "bayesian")
 @pytest.fixture(autouse=True)
 def no_diagram(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw nothing, which takes longer than the rest; ``calibrated_run`` has a real diagram."""
-    monkeypatch.setattr("bayesnet.workflows.calibrating.reliability_diagram", lambda panels: b"no diagram")
+    monkeypatch.setattr("bayesnet.plots.reliability_diagram", lambda panels: b"no diagram")
 
 
 class Logged(Examples):
@@ -68,8 +67,8 @@ def watch(monkeypatch: pytest.MonkeyPatch, *, swapped: bool = False) -> list[str
     """Log what is read and fitted; train and validation must not be read at all, test after both thresholds."""
     log: list[str] = []
 
-    def read(run: RunDirectory, settings: object) -> ImageData:
-        data = read_data(run, settings)  # type: ignore[arg-type]
+    def read(run: RunDirectory, settings: Settings, preprocessing: Preprocessing) -> ImageData:
+        data = read_data(run, settings, preprocessing)
         calibration, test = (data.test, data.calibration) if swapped else (data.calibration, data.test)
         return data._replace(
             train=Logged("train", data.train, log, 99),
@@ -121,15 +120,12 @@ def test_calibrator_and_threshold_see_different_halves(trained_copy: Path) -> No
     record = calibrate(trained_copy, devices="cpu")
     for name in MODELS:
         model = load_model(RunDirectory.open(trained_copy), name)
-        draws_SNK = model.predictor(Engine.for_one("cpu")).raw_draws(data.calibration)
-        a, b = sorted(half_a), sorted(half_b)
-        fitted = CALIBRATORS["temperature"].fit(draws_SNK[:, a], data.calibration.labels_N[a])
-        assert isinstance(fitted, Temperature)
-        if fitted.at_bound:  # half A holds no error, so it cannot tell one
-            fitted = Identity()
+        predictor = model.predictor(Engine.for_one("cpu"))
+        a, b = (torch.tensor(sorted(half)) for half in (half_a, half_b))
+        fitted, _ = fit_temperature(predictor.raw_draws(data.calibration, a), data.calibration.labels_N[a])
         assert fitted.to_json() == record["models"][name]["calibrator"]
-        mean_BK = log_mean_exp(fitted(draws_SNK[:, b].double()), 0).exp()
-        threshold = fit_lac(mean_BK.numpy(), data.calibration.labels_N[b].numpy(), 0.1)
+        [mean_BK] = predictor.probabilities_under(data.calibration, [fitted], b)
+        threshold = fit_lac(mean_BK, data.calibration.labels_N[b].numpy(), 0.1)
         assert threshold.to_json() == record["models"][name]["threshold"]
         assert threshold.num_calibration == len(b)
 
@@ -206,3 +202,33 @@ def test_what_is_refused(calibrated_copy: Path, snapshot: Snapshot) -> None:
     ):
         calibrate(calibrated_copy)
     assert snapshot(calibrated_copy) == before
+
+
+def draws(margin_N: list[float]) -> tuple[Tensor, Tensor]:
+    """Return one draw of log-probabilities (1, N, 2) and labels (N,): a negative margin is an error."""
+    logits_NK = torch.tensor([[margin, 0.0] for margin in margin_N])
+    return logits_NK.log_softmax(-1)[None], torch.zeros(len(margin_N), dtype=torch.int64)
+
+
+def test_images_without_an_error_cannot_tell_a_temperature() -> None:
+    calibrator, notice = fit_temperature(*draws([1.0, 2.0, 3.0, 0.5]))
+    assert calibrator.to_json() == {"name": "identity"}
+    assert notice == "no temperature is applied: 4 images of half A with 0 errors cannot tell one"
+
+
+def test_images_with_errors_tell_a_temperature() -> None:
+    """Margins of 8 with one error in ten are overconfident: the best T for p = .9 is 8 / log 9."""
+    calibrator, notice = fit_temperature(*draws([8.0] * 9 + [-8.0]))
+    assert notice is None
+    assert calibrator.to_json()["temperature"] == pytest.approx(8 / math.log(9), rel=1e-4)
+
+
+def test_a_calibration_split_of_one_image_is_refused(trained_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(run: RunDirectory, settings: Settings, preprocessing: Preprocessing) -> ImageData:
+        data = read_data(run, settings, preprocessing)
+        one = ArrayExamples(data.calibration.read([0]), data.calibration.labels_N[:1])
+        return data._replace(calibration=one)
+
+    monkeypatch.setattr("bayesnet.workflows.calibrating.read_data", read)
+    with pytest.raises(DataError, match="the calibration split has fewer than 2 images"):
+        calibrate(trained_copy, devices="cpu")

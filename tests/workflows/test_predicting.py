@@ -20,7 +20,7 @@ from bayesnet.errors import CheckpointError, ConfigError, DataError
 from bayesnet.predictive import interval_kind, summarize
 from bayesnet.rundir import RunDirectory
 from bayesnet.workflows import ImageClassifier, predict
-from bayesnet.workflows.trained import load_calibrator, load_model
+from bayesnet.workflows.trained import load_calibration, load_model, record_calibrator
 
 Row = dict[str, Any]
 
@@ -53,7 +53,9 @@ def test_files_get_the_probabilities_of_the_evaluation(
     path = calibrated_run if calibrated else trained_run
     run, data = RunDirectory.open(path), load_data(DataConfig())
     model = load_model(run, name)
-    predictor = model.predictor(Engine.for_one("cpu"), calibrator=load_calibrator(run, model))
+    record = load_calibration(run, model)
+    calibrator = None if record is None else record_calibrator(run, record)
+    predictor = model.predictor(Engine.for_one("cpu"), calibrator=calibrator)
     expected_NK = predictor.probabilities(data.test)[:70]
     found = [[entry["probability"] for entry in row["classes"]] for row in rows(path, images, model=name)]
     assert np.array_equal(np.array(found), expected_NK)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +18,13 @@ from bayesnet import metrics, workflows
 from bayesnet.checkpoint import checkpoint_digest, load_checkpoint, newest_checkpoint
 from bayesnet.data import DataConfig, Examples, ImageData, load_data
 from bayesnet.engine import Engine
-from bayesnet.errors import CheckpointError, DataError, DivergedError, InterruptedRunError
-from bayesnet.progress import EpochReport
+from bayesnet.errors import DataError, DivergedError
+from bayesnet.progress import FitResult
 from bayesnet.rundir import RunDirectory
-from bayesnet.settings import build_settings, resolve_settings
+from bayesnet.settings import Settings, build_settings, resolve_settings
 from bayesnet.workflows import TrainListener
+from bayesnet.workflows.fitting import RunContext
+from bayesnet.workflows.fitting import fit_model as original_fit
 from bayesnet.workflows.trained import load_model
 
 SMALL = ("backbone.width=4", "training.batch_size=16")
@@ -84,15 +85,6 @@ def train(folder: Path, out: Path, **arguments: Any) -> dict[str, Any]:  # noqa:
     return workflows.train(**{**defaults, **arguments}, out=out)
 
 
-def interrupted(folder: Path, out: Path, step: int) -> None:
-    """Start a run that ends after so many steps in all."""
-    calls = iter(range(1, 10**6))
-    with pytest.raises(InterruptedRunError) as caught:
-        train(folder, out, stop_signal=lambda: 15 if next(calls) == step else None)
-    line = f"interrupted, checkpoint saved ({out}): continue with `bayesnet train --resume {out}`"
-    assert str(caught.value) == line
-
-
 def newest(run: Path, name: str) -> dict[str, Tensor]:
     checkpoint, _ = newest_checkpoint(run / "models" / name / "checkpoints")
     assert checkpoint is not None
@@ -139,7 +131,7 @@ def test_the_summary_of_a_run(trained_run: Path) -> None:
         own = [line for line in lines if line["model"] == name]
         best = min(own, key=lambda line: line["validation_nll"])
         assert record["family"] == family
-        assert (record["best_epoch"], record["best_step"]) == (best["epoch"], best["step"])
+        assert (record["epoch"], record["step"]) == (best["epoch"], best["step"])
         assert record["validation_nll"] == best["validation_nll"]
         assert (record["train_nll"], record["kl"]) == (own[-1]["train_nll"], own[-1]["kl"])
         assert record["kl_per_example"] == pytest.approx(record["kl"] / 1078)
@@ -221,24 +213,6 @@ def test_notes_are_passed_on(folder_data: Path, tmp_path: Path) -> None:
     assert listener.models == [("deterministic", "deterministic"), ("bayesian", "mean_field")]
 
 
-# 3 steps an epoch, 2 epochs, 2 models: in the first epoch, at an epoch's end, and in the second model.
-@pytest.mark.parametrize("step", [1, 3, 6, 9])
-def test_a_resumed_run_ends_as_the_straight_one(folder_data: Path, tmp_path: Path, step: int) -> None:
-    straight = train(folder_data, tmp_path / "straight")
-    interrupted(folder_data, tmp_path / "run", step)
-    listener = Notes()
-    resumed = workflows.train(resume=tmp_path / "run", listener=listener)
-    assert listener.steps == 12 - step
-    for name in MODELS:
-        left, right = newest(tmp_path / "straight", name), newest(tmp_path / "run", name)
-        assert all(torch.equal(left[key], right[key]) for key in left)
-        same = set(straight["models"][name]) - {"seconds", "digest"}
-        assert {key: straight["models"][name][key] for key in same} == {
-            key: resumed["models"][name][key] for key in same
-        }
-    assert metric_lines(tmp_path / "straight") == metric_lines(tmp_path / "run")
-
-
 def test_a_finished_run_gives_its_summary(trained_run: Path) -> None:
     listener = Notes()
     summary = workflows.train(resume=trained_run, listener=listener)
@@ -247,61 +221,19 @@ def test_a_finished_run_gives_its_summary(trained_run: Path) -> None:
     assert listener.steps == 0
 
 
-def test_a_crash_between_checkpoint_and_metrics_is_repaired(
-    folder_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def crash(self: RunDirectory, record: dict[str, Any]) -> None:
-        raise RuntimeError("pulled the plug")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunDirectory, "append_metrics", crash)
-        with pytest.raises(RuntimeError, match="pulled the plug"):
-            train(folder_data, tmp_path / "run")
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    workflows.train(resume=tmp_path / "run")
-    assert metric_lines(tmp_path / "run") == [(name, epoch) for name in MODELS for epoch in (1, 2)]
-
-
-def test_a_metrics_line_ahead_of_the_checkpoint_is_dropped(folder_data: Path, tmp_path: Path) -> None:
-    """The newest checkpoint is damaged, so the one before it counts, and epoch 2 is trained again."""
-    run = tmp_path / "run"
-    straight = train(folder_data, run)
-    (run / "summary.json").unlink()
-    [damaged] = (run / "models" / "bayesian" / "checkpoints").glob("step-*6")
-    (damaged / "state.json").write_text("{}")
-    listener = Notes()
-    resumed = workflows.train(resume=run, listener=listener)
-    assert listener.notes[-1].startswith("passed over step-00000006: size differs")
-    assert listener.steps == 3
-    assert metric_lines(run) == [(name, epoch) for name in MODELS for epoch in (1, 2)]
-    assert resumed["models"]["bayesian"]["nll"] == straight["models"]["bayesian"]["nll"]
-
-
-@pytest.mark.parametrize(("old", "new"), [("momentum = 0.9", "momentum = 0.8"), ("width = 4", "width = 8")])
-def test_a_run_goes_on_with_its_own_settings_alone(folder_data: Path, tmp_path: Path, old: str, new: str) -> None:
-    interrupted(folder_data, tmp_path / "run", 2)
-    config = tmp_path / "run" / "config.toml"
-    text = config.read_text()
-    assert old in text
-    config.write_text(text.replace(old, new))
-    with pytest.raises(CheckpointError, match="the checkpoint was made with other settings"):
-        workflows.train(resume=tmp_path / "run")
-
-
 def poison(monkeypatch: pytest.MonkeyPatch, *, on_validation: bool = False) -> list[Poisoned]:
     """Make the test split unreadable until both models are fitted; return the splits that were handed out."""
     ready: list[bool] = []
     given: list[Poisoned] = []
-    original_load, original_fit = load_data, workflows.training_run.fit_model  # type: ignore[attr-defined]
 
     def load(config: DataConfig) -> ImageData:
-        data = original_load(config)
+        data = load_data(config)
         given.append(Poisoned(data.test, ready))
         ready[:] = [False, False]
         return data._replace(test=given[-1], validation=given[-1] if on_validation else data.validation)
 
-    def fit_model(name: str, *args: object) -> object:
-        result = original_fit(name, *args)
+    def fit_model(name: str, settings: Settings, context: RunContext) -> FitResult:
+        result = original_fit(name, settings, context)
         ready[MODELS.index(name)] = True
         return result
 
@@ -323,20 +255,3 @@ def test_the_poison_works(folder_data: Path, tmp_path: Path, monkeypatch: pytest
     poison(monkeypatch, on_validation=True)
     with pytest.raises(AssertionError, match="read too early"):
         train(folder_data, tmp_path / "run")
-
-
-def test_reports_reach_the_listener_when_they_are_on_record(folder_data: Path, tmp_path: Path) -> None:
-    class Checking(TrainListener):
-        """Looks into metrics.jsonl at each report."""
-
-        reports: list[EpochReport] = []  # noqa: RUF012 - one instance
-
-        def on_epoch(self, report: EpochReport, num_epochs: int) -> None:
-            """Compare."""
-            line = RunDirectory(tmp_path / "run").read_metrics()[-1]
-            assert line == {"model": line["model"], **report._asdict()}
-            self.reports.append(report)
-
-    train(folder_data, tmp_path / "run", listener=Checking())
-    assert [report.epoch for report in Checking.reports] == [1, 2, 1, 2]
-    assert all(math.isfinite(report.validation_nll) for report in Checking.reports)
