@@ -160,9 +160,9 @@ class _Trainer:
         self.posterior.train()
         for start, stop in self.bounds[progress.batch :]:
             indices = order[start:stop]
-            pixels_BCHW = augment(
-                self.engine.put(data.examples.read(indices)), draws.select(indices).to(self.engine.device)
-            )
+            pixels_BCHW = self.engine.put(data.examples.read(indices))
+            if not data.augmentation.is_identity:
+                pixels_BCHW = augment(pixels_BCHW, draws.select(indices).to(self.engine.device))
             x_BCHW = data.preprocessing.normalize(pixels_BCHW)
             y_B = self.engine.put(data.examples.labels_N[indices])
             kl_weight = self.set_schedule(progress.step)

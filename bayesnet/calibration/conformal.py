@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import betabinom
 
 from bayesnet.errors import CheckpointError, ConfigError
 from bayesnet.metrics import checked, checked_probabilities
@@ -120,6 +119,8 @@ def coverage_band(num_calibration: int, num_test: int, alpha: float, *, level: f
         >>> [round(end, 3) for end in coverage_band(1000, 10_000, 0.1)]
         [0.873, 0.924]
     """
+    from scipy.stats import betabinom  # half a second to import, and predicting needs none of it
+
     _check_alpha(alpha)
     k = rank(num_calibration, alpha)
     if k > num_calibration:

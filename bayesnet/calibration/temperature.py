@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from bayesnet.calibration.base import Calibrator, CalibratorFamily, check_calibration_data, nll_of_mean
@@ -76,6 +75,8 @@ def fit(log_probabilities_SNK: Tensor, labels_N: Tensor) -> Temperature:
     Raises:
         ValueError: The tensors are not log-probabilities and labels.
     """
+    from scipy.optimize import minimize_scalar  # half a second to import, and predicting needs none of it
+
     check_calibration_data(log_probabilities_SNK, labels_N)
 
     def loss(log_temperature: float) -> float:
