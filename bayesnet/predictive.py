@@ -38,8 +38,9 @@ def log_mean_exp(log_values: Tensor, dim: int) -> Tensor:
 
 def entropy(log_probabilities: Tensor) -> Tensor:
     """Return -sum p log p over the last dimension, nats, with 0 log 0 = 0."""
-    terms: Tensor = torch.special.entr(log_probabilities.exp())
-    return terms.sum(-1)
+    # The clamp keeps 0 x -inf from being NaN and changes no term: exp(-1000) is 0.
+    terms: Tensor = log_probabilities.exp() * log_probabilities.clamp_min(-1000)
+    return 0.0 - terms.sum(-1)  # never -0.0
 
 
 def interval_kind(num_draws: int, level: float) -> str:
@@ -67,10 +68,8 @@ def summarize(log_probabilities_SBK: Tensor, level: float) -> Summary:
     num_draws = log_probabilities_SBK.shape[0]
     log_mean_BK = log_mean_exp(log_probabilities_SBK, 0)
     mean_BK = log_mean_BK.exp()
-    ordered_SBK = log_probabilities_SBK.exp().sort(0).values
     tail = 0.0 if interval_kind(num_draws, level).startswith("range") else (1 - level) / 2
-    lower_BK = _sorted_quantile(ordered_SBK, tail)
-    upper_BK = _sorted_quantile(ordered_SBK, 1 - tail)
+    lower_BK, upper_BK = _quantiles(log_probabilities_SBK, (tail, 1 - tail))
     entropy_B = entropy(log_mean_BK)
     # Jensen's inequality makes the mutual information non-negative; rounding may not.
     expected_B = torch.minimum(_rows(entropy(log_probabilities_SBK), 0).mean(-1), entropy_B)
@@ -168,12 +167,25 @@ class Predictor:
             yield examples.read(indices_B)
 
 
-def _sorted_quantile(ordered_SBK: Tensor, probability: float) -> Tensor:
-    """Return the quantile along the sorted first dimension, linearly interpolated as NumPy does by default."""
-    position = probability * (len(ordered_SBK) - 1)
-    below = math.floor(position)
-    above = min(below + 1, len(ordered_SBK) - 1)
-    return torch.lerp(ordered_SBK[below], ordered_SBK[above], position - below)
+def _quantiles(log_values_SBK: Tensor, probabilities: Sequence[float]) -> list[Tensor]:
+    """Return quantiles over the draws of exp(values), linearly interpolated as NumPy does by default.
+
+    Two draws around each quantile decide it, so on a CPU the rest stays unsorted.
+    """
+    last = len(log_values_SBK) - 1
+    positions = [probability * last for probability in probabilities]
+    ranks = sorted({min(math.floor(position) + step, last) for position in positions for step in (0, 1)})
+    if log_values_SBK.device.type == "cpu":
+        rows_BKS = np.partition(_rows(log_values_SBK, 0).numpy(), ranks, axis=-1)
+        chosen = {rank: torch.from_numpy(rows_BKS[..., rank]).exp() for rank in ranks}
+    else:
+        ordered_SBK = log_values_SBK.sort(0).values
+        chosen = {rank: ordered_SBK[rank].exp() for rank in ranks}
+    below = [math.floor(position) for position in positions]
+    return [
+        torch.lerp(chosen[rank], chosen[min(rank + 1, last)], position - rank)
+        for rank, position in zip(below, positions, strict=True)
+    ]
 
 
 def _rows(values: Tensor, dim: int) -> Tensor:
