@@ -178,6 +178,14 @@ def test_table_is_standard_normal(num_draws: int) -> None:
     assert table.pow(4).mean() == pytest.approx(3.0, abs=0.15)
 
 
+@pytest.mark.parametrize("num_columns", [32, 33, 100, 1000])
+def test_no_two_columns_move_together(num_columns: int) -> None:
+    """256 independent draws of 1,000 columns reach a correlation of 0.31; scrambled Sobol points reach 0.94 there."""
+    table = normal_table(256, num_columns, seed=0).double()
+    correlation = table.T @ table / 256 - torch.eye(num_columns)
+    assert correlation.abs().max() < 0.4
+
+
 def test_table_beats_random_draws() -> None:
     """Mean probabilities of Gaussian logits, against 98,304 random draws: half the error of S random draws at most."""
     generator = torch.Generator().manual_seed(0)
