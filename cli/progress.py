@@ -58,7 +58,7 @@ class TrainProgress(TrainListener):
 
     def __init__(self) -> None:
         self.signals = StopSignals()
-        self._name, self._family = "", ""
+        self._name = ""
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if sys.stderr.isatty():
@@ -84,7 +84,7 @@ class TrainProgress(TrainListener):
 
     def on_model(self, name: str, family: str) -> None:
         """Start the model's bar."""
-        self._name, self._family = name, family
+        self._name = name
         if self._bar is not None:
             if self._task is not None:
                 self._bar.remove_task(self._task)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bayesnet.errors import CheckpointError
 from bayesnet.rundir import RunDirectory
 from bayesnet.types import JsonObject
 from bayesnet.workflows.trained import (
@@ -35,9 +34,6 @@ def compare(runs: Sequence[str | Path]) -> JsonObject:
     fingerprints = set()
     for path in map(Path, runs):
         run = RunDirectory.open(path)
-        if not run.is_finished:
-            hint = f"finish it with `bayesnet train --resume {path}`"
-            raise CheckpointError("the run is not finished", where=path, hint=hint)
         summary = read_finished(run)
         fingerprints.add(summary["fingerprint"])
         rows += _rows(run, summary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -119,12 +120,19 @@ def trained_names(summary: JsonObject, where: Path) -> tuple[str, ...]:
     return names
 
 
+def resume_command(run: RunDirectory) -> str:
+    """Return the command that goes on with a run, ready to be pasted into a shell."""
+    return f"bayesnet train --resume {shlex.quote(str(run.path))}"
+
+
 def read_finished(run: RunDirectory) -> JsonObject:
     """Return the summary of a finished run, checked to have all that is shown of it.
 
     Raises:
-        CheckpointError: It is missing, damaged, or lacks something that `train` writes.
+        CheckpointError: The run is not finished, or its summary is damaged or lacks something that `train` writes.
     """
+    if not run.is_finished:
+        raise CheckpointError("the run is not finished", where=run.path, hint=f"finish it with `{resume_command(run)}`")
     summary = run.read_summary()
     names = trained_names(summary, run.path)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from bayesnet.settings import Settings, resolve_settings
 from bayesnet.types import JsonObject
 from bayesnet.workflows.environment import environment
 from bayesnet.workflows.fitting import RunContext, TrainListener, fit_model
-from bayesnet.workflows.trained import load_model, model_name, read_finished, read_settings
+from bayesnet.workflows.trained import load_model, model_name, read_finished, read_settings, resume_command
 
 NUM_EXAMPLE_IMAGES = 8
 
@@ -143,7 +142,7 @@ def _train(settings: Settings, context: RunContext) -> JsonObject:
     except (InterruptedRunError, StopRequest) as error:
         if not run.has_checkpoint:
             raise
-        hint = f"continue with `bayesnet train --resume {shlex.quote(str(run.path))}`"
+        hint = f"continue with `{resume_command(run)}`"
         raise InterruptedRunError(error.exit_code - 128, where=run.path, hint=hint) from None
 
 
