@@ -34,11 +34,13 @@ class ElboTerms(NamedTuple):
         log_likelihood: Log-likelihood of the data set as estimated from the batch (scaled by N / B).
         kl: Divergence from the prior, closed form or one-sample.
         kl_is_exact: Whether every latent site had a registered closed form.
+        value: What the model returned.
     """
 
     log_likelihood: Tensor
     kl: Tensor
     kl_is_exact: bool
+    value: Any
 
 
 def trace_elbo(model: PyroProgram, guide: PyroProgram, *args: Tensor, closed_form_kl: bool = True) -> ElboTerms:
@@ -77,7 +79,7 @@ def trace_elbo(model: PyroProgram, guide: PyroProgram, *args: Tensor, closed_for
         divergence = _closed_form_kl(guide_site, site) if closed_form_kl else None
         kl_is_exact = kl_is_exact and divergence is not None
         kl = kl + (guide_site["log_prob_sum"] - site["log_prob_sum"] if divergence is None else divergence)
-    return ElboTerms(log_likelihood, kl, kl_is_exact)
+    return ElboTerms(log_likelihood, kl, kl_is_exact, model_trace.nodes["_RETURN"]["value"])
 
 
 def _closed_form_kl(guide_site: Mapping[str, Any], model_site: Mapping[str, Any]) -> Tensor | None:
@@ -90,29 +92,28 @@ def _closed_form_kl(guide_site: Mapping[str, Any], model_site: Mapping[str, Any]
     return total
 
 
-def weight_space_loss(
-    head: PyroProgram, guide: PyroProgram, features_BD: Tensor, y_B: Tensor, num_examples: int
-) -> Loss:
+def weight_space_loss(head: PyroProgram, guide: PyroProgram, features_BD: Tensor, y: Tensor, num_examples: int) -> Loss:
     """Return the negative ELBO per example, estimated with one joint draw of the head's weight.
 
     Args:
-        head: The Pyro program from features to labels, its plate of size N.
+        head: The Pyro program from features to labels, which returns the logits (B, K), its plate of size N.
         guide: The guide over its latent site.
         features_BD: Features (B, D).
-        y_B: Labels (B,), int64.
+        y: Labels (B,), int64, or soft labels (B, K).
         num_examples: N.
     """
-    terms = trace_elbo(head, guide, features_BD, y_B)
-    nll = -terms.log_likelihood / num_examples
-    return Loss(nll + terms.kl / num_examples, nll, terms.kl)
+    terms = trace_elbo(head, guide, features_BD, y)
+    fit = -terms.log_likelihood / num_examples
+    nll = fit if y.dim() == 1 else cross_entropy(terms.value, y)[1]
+    return Loss(fit + terms.kl / num_examples, nll, terms.kl, fit)
 
 
-def local_loss(moments: LogitGaussian, y_B: Tensor, kl: Tensor, num_examples: int) -> Loss:
+def local_loss(moments: LogitGaussian, y: Tensor, kl: Tensor, num_examples: int) -> Loss:
     """Return the negative ELBO per example by local reparameterisation: one draw of each image's logits.
 
     Args:
         moments: The Gaussian of the logits.
-        y_B: Labels (B,), int64.
+        y: Labels (B,), int64, or soft labels (B, K).
         kl: Divergence from the prior, nats.
         num_examples: N.
     """
@@ -120,8 +121,25 @@ def local_loss(moments: LogitGaussian, y_B: Tensor, kl: Tensor, num_examples: in
     if moments.factor_BKR.shape[-1]:
         noise_BR = standard_normal(moments.factor_BKR[:, 0])
         logits_BK = logits_BK + (moments.factor_BKR @ noise_BR.unsqueeze(-1)).squeeze(-1)
-    nll = nn.functional.cross_entropy(logits_BK, y_B)
-    return Loss(nll + kl / num_examples, nll, kl)
+    fit, nll = cross_entropy(logits_BK, y)
+    return Loss(fit + kl / num_examples, nll, kl, fit)
+
+
+def cross_entropy(logits_BK: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy to the labels, and the plain mean NLL of the most probable label, nats.
+
+    Args:
+        logits_BK: Logits (B, K).
+        y: Labels (B,), int64, for which both are one number; or soft labels (B, K), rows that add up to 1.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0]])
+        >>> fit, nll = cross_entropy(logits, torch.tensor([[0.9, 0.1]]))
+        >>> round(float(fit), 3), round(float(nll), 3)
+        (0.327, 0.127)
+    """
+    fit = nn.functional.cross_entropy(logits_BK, y)
+    return (fit, fit) if y.dim() == 1 else (fit, nn.functional.cross_entropy(logits_BK.detach(), y.argmax(1)))
 
 
 def standard_normal(like: Tensor) -> Tensor:

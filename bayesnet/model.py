@@ -11,12 +11,15 @@ first and runs the program of the head only, which gives the same ELBO.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
 
 from bayesnet.backbones import num_features
 from bayesnet.config import require
@@ -40,6 +43,27 @@ def linear_logits(features_BD: Tensor, weight_KD: Tensor) -> Tensor:
     if weight_KD.dim() > 3:
         weight_KD = weight_KD.squeeze(-3)
     return features_BD @ weight_KD[..., :-1].mT + weight_KD[..., -1].unsqueeze(-2)
+
+
+class SoftCategorical(dist.TorchDistribution):
+    """The likelihood of soft labels: log p(y) = sum_k y_k log softmax(logits)_k, for rows y that add up to 1.
+
+    For a row that is 1 at one class it is the Categorical's. It can only be observed, not sampled.
+
+    Args:
+        logits: (..., K).
+    """
+
+    arg_constraints: ClassVar[dict[str, Constraint]] = {"logits": constraints.real_vector}
+    support = constraints.simplex
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-likelihood (...) of soft labels (..., K)."""
+        return (value * self.logits.log_softmax(-1)).sum(-1)
 
 
 class BayesianHead(PyroModule):
@@ -76,11 +100,16 @@ class BayesianHead(PyroModule):
         return prior
 
     def forward(self, features_BD: Tensor, y_B: Tensor | None = None) -> Tensor:
-        """Run the program on features (B, D) and labels (B,); return the logits (B, K) of the sampled weight."""
+        """Run the program on features (B, D) and labels (B,); return the logits (B, K) of the sampled weight.
+
+        Labels may be soft, (B, K): the likelihood is then the product of the classes', each to the power of its share.
+        """
         weight_KD = pyro.sample(WEIGHT, self.prior())
         logits_BK = linear_logits(features_BD, weight_KD)
+        soft = y_B is not None and y_B.dim() == 2
+        likelihood = SoftCategorical(logits_BK) if soft else dist.Categorical(logits=logits_BK)
         with pyro.plate("data", self.num_examples, subsample=features_BD):
-            pyro.sample(LABEL, dist.Categorical(logits=logits_BK), obs=y_B)
+            pyro.sample(LABEL, likelihood, obs=y_B)
         return logits_BK
 
 

@@ -23,21 +23,24 @@ JsonObject = dict[str, Any]
 
 
 class Loss(NamedTuple):
-    """The training objective and its parts, three 0-dimensional tensors.
+    """The training objective and its parts, four 0-dimensional tensors.
 
     Attributes:
-        total: Mean negative log-likelihood over the batch plus KL / N, nats per example: what `fit` minimises.
-        nll: Mean negative log-likelihood over the batch, nats per example.
+        total: ``fit`` plus KL / N, nats per example: what training minimises.
+        nll: Mean negative log-likelihood of the labels over the batch, nats per example: what is reported.
         kl: Kullback-Leibler divergence from the prior, nats, for the whole posterior (0 for a point estimate).
+        fit: The likelihood part of ``total``: the mean cross-entropy to the labels that training aims at. It is ``nll``
+            itself, but where those are soft (label smoothing, mixup).
     """
 
     total: Tensor
     nll: Tensor
     kl: Tensor
+    fit: Tensor
 
     def tempered(self, kl_weight: Tensor | float) -> Tensor:
-        """Return NLL + kl_weight * KL / N, nats per example: the objective while the KL is warmed up."""
-        return self.nll + kl_weight * (self.total - self.nll)
+        """Return fit + kl_weight * KL / N, nats per example: the objective while the KL is warmed up."""
+        return self.fit + kl_weight * (self.total - self.fit)
 
 
 class LogitGaussian(NamedTuple):

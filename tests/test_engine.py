@@ -24,7 +24,7 @@ class Quadratic(Posterior):
     def loss(self, x_BCHW: Tensor, y_B: Tensor) -> Loss:
         """Return the three parts."""
         nll, kl = self.w**2 / 2, 10 * self.w
-        return Loss(nll + kl / 5, nll, kl)
+        return Loss(nll + kl / 5, nll, kl, nll)
 
     def logits(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
         """Return nothing of use."""

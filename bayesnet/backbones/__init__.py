@@ -21,12 +21,18 @@ class BackboneConfig:
     """Which feature extractor, and how wide.
 
     Attributes:
-        name: A name of BACKBONES.
+        name: A name of BACKBONES, ``torchvision:NAME`` or ``timm:NAME``; ``custom`` is a module given from Python.
         width: Channels of the first stage; 0 takes the backbone's own default.
+        weights: ``none`` (random), ``default`` (the published ones, downloaded once) or the path of a file of weights,
+            safetensors or a state dict that torch saved.
+        freeze: Whether its weights stay as they are and batch norm uses its stored statistics: only the head is
+            trained.
     """
 
     name: str = "small_cnn"
     width: int = 0
+    weights: str = "none"
+    freeze: bool = False
 
     def __post_init__(self) -> None:
         require(0 <= self.width <= 4096, "width must be from 0 to 4096", where="backbone.width")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from bayesnet.config import require
 from bayesnet.data.examples import Examples
@@ -14,6 +14,9 @@ from bayesnet.data.preprocessing import Preprocessing
 SPLITS = ("train", "validation", "calibration", "test")
 MIN_IMAGE_SIDE, MAX_IMAGE_SIDE = 8, 1024
 MIN_FRACTION = 1e-3
+MAX_WORKERS = 256
+# Of torchvision's weights, after a division by 255.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +24,22 @@ class DataConfig:
     """Section ``data`` of the configuration.
 
     Args:
-        spec: ``digits`` or ``folder:PATH``.
+        spec: A name of DATASETS, or ``folder:PATH``.
         image_size: Height and width, pixels; 0 chooses them from the data.
+        preset: ``imagenet`` scales image files to a short side of 256, crops the central 224 x 224 and normalises as
+            ImageNet's models expect; ``none`` takes size and statistics from the data; ``auto`` is ``imagenet`` where
+            the backbone has weights of others, else ``none``.
         channels: 1 (grey) or 3 (RGB); 0 means 1 for digits and 3 for folders.
         fractions: Shares of train, validation, calibration and test, for the splits that are not given as folders.
         seed: Seed of the splits, apart from the seed of training, so that runs can be compared on the same test split.
         crop_padding: Largest random shift of a training image, pixels.
         flip: Whether to mirror training images at random.
+        rotate: Largest random rotation of a training image, degrees.
+        min_crop: Smallest share of a training image's area that a random resized crop keeps; 1 crops nothing.
+        colour: Largest random change of brightness, contrast and saturation, as a share: 0.4 is between 0.6 and 1.4.
+        erase: Share of the area of the rectangle that is erased from each training image; 0 erases nothing.
+        root: Folder of downloaded data sets; empty means the user's cache folder.
+        workers: Processes that read images ahead, 0 for none. They pay where images do not fit into the cache.
         cache_megabytes: Memory for decoded pixels, all splits together; a split that does not fit is decoded each time.
         max_pixels: Largest image that is decoded, pixels.
 
@@ -38,10 +50,17 @@ class DataConfig:
     spec: str = "digits"
     image_size: int = 0
     channels: int = 0
+    preset: Literal["auto", "none", "imagenet"] = "auto"
     fractions: tuple[float, ...] = (0.6, 0.1, 0.1, 0.2)
     seed: int = 0
     crop_padding: int = 0
     flip: bool = False
+    rotate: float = 0.0
+    min_crop: float = 1.0
+    colour: float = 0.0
+    erase: float = 0.0
+    root: str = ""
+    workers: int = 0
     cache_megabytes: int = 2048
     max_pixels: int = 50_000_000
 
@@ -57,8 +76,18 @@ class DataConfig:
         )
         what = f"must be four numbers of at least {MIN_FRACTION} that add up to 1"
         require(shares_are_right, what, where="data.fractions", hint=f"shares of {', '.join(SPLITS)}")
-        for key in ("seed", "crop_padding", "cache_megabytes"):
+        for key in ("seed", "crop_padding", "cache_megabytes", "workers"):
             require(getattr(self, key) >= 0, "must not be negative", where=f"data.{key}")
+        require(self.workers <= MAX_WORKERS, f"must be at most {MAX_WORKERS}", where=f"data.workers = {self.workers}")
+        require(0 <= self.rotate <= 180, "must be from 0 to 180 degrees", where=f"data.rotate = {self.rotate}")
+        require(0 < self.min_crop <= 1, "must be above 0 and at most 1", where=f"data.min_crop = {self.min_crop}")
+        for key in ("colour", "erase"):
+            require(0 <= getattr(self, key) < 1, "must be in [0, 1)", where=f"data.{key}")
+        sizes_agree = self.preset != "imagenet" or self.image_size in (0, 224)
+        require(sizes_agree, "the preset has 224 pixels", where="data.image_size", hint="leave it at 0")
+        require(
+            self.preset != "imagenet" or self.channels in (0, 3), "the preset has 3 channels", where="data.channels"
+        )
         require(self.max_pixels >= 1, "must be at least 1", where="data.max_pixels")
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import torch
 
 from bayesnet.config import require
-from bayesnet.data.dataset import SPLITS, DataConfig, DataSource, ImageData
+from bayesnet.data.assembly import assemble
+from bayesnet.data.dataset import DataConfig, DataSource, ImageData
 from bayesnet.data.examples import ArrayExamples
 from bayesnet.data.preprocessing import Preprocessing
-from bayesnet.data.splits import check_every_class, stratified_split
-from bayesnet.data.statistics import channel_statistics
 
 SIDE = 8
 
@@ -38,32 +35,10 @@ def load_digits(config: DataConfig, argument: str, preprocessing: Preprocessing 
     images_N1HW = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))[:, None]
     labels_N = torch.from_numpy(bunch.target.astype(np.int64))
     classes = tuple(str(name) for name in bunch.target_names)
-    splits = stratified_split(labels_N, config.fractions, seed=config.seed)
-    check_every_class(splits, labels_N, classes, "data.fractions")
-    digest = hashlib.sha256(images_N1HW.numpy().tobytes() + labels_N.numpy().astype("<i8").tobytes())
-    for name, split_N in zip(SPLITS, splits, strict=True):
-        digest.update(name.encode() + split_N.numpy().astype("<i8").tobytes())
     channels = (config.channels or 1) if preprocessing is None else preprocessing.channels
-    images_NCHW = images_N1HW.repeat(1, channels, 1, 1)
-    train, validation, calibration, test = (
-        ArrayExamples(images_NCHW[split_N], labels_N[split_N], prefix=f"digits {name}")
-        for name, split_N in zip(SPLITS, splits, strict=True)
-    )
-    if preprocessing is None:
-        mean, std = channel_statistics(train)
-        preprocessing = Preprocessing(channels, SIDE, SIDE, mean, std, config.max_pixels)
-    return ImageData(
-        name="digits",
-        spec="digits",
-        classes=classes,
-        preprocessing=preprocessing,
-        train=train,
-        validation=validation,
-        calibration=calibration,
-        test=test,
-        notes=(),
-        fingerprint=digest.hexdigest(),
-    )
+    whole = ArrayExamples(images_N1HW.repeat(1, channels, 1, 1), labels_N, prefix="digit")
+    content = images_N1HW.numpy().tobytes() + labels_N.numpy().astype("<i8").tobytes()
+    return assemble("digits", {"train": whole}, classes, content, config=config, preprocessing=preprocessing)
 
 
 DIGITS = DataSource(load_digits, takes_path=False, description="1,797 handwritten digits, 8 x 8, 10 classes (built in)")

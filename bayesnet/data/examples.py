@@ -22,6 +22,7 @@ MAX_THREADS = 8
 # again as one for images of 32 x 32, and about 60 % of its time for 512 x 512.
 MIN_THREADED_BYTES = 10_000
 _SIZE_SAMPLE = 16
+_VERIFY_CHUNK = 64
 
 
 class Examples(ABC):
@@ -39,11 +40,23 @@ class Examples(ABC):
 
     @abstractmethod
     def read(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """Return uint8 pixels of shape (B, C, H, W) for B indices, as new memory.
+        """Return pixels of shape (B, C, H, W) for B indices, as new memory: uint8, or float32 where the data are that.
 
         Raises:
             DataError: An image cannot be read; the message names it.
         """
+
+    def for_epoch(self, seed: int, epoch: int) -> Examples:
+        """Return these examples as training reads them in an epoch: a function of seed and epoch, nothing else.
+
+        Only examples whose reading is random (a data set with transforms of its own) differ from themselves.
+        """
+        return self
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether reading is a copy of memory, so that no worker process could help."""
+        return False
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -62,7 +75,7 @@ class ArrayExamples(Examples):
     """Images in memory.
 
     Args:
-        images_NCHW: uint8 pixels.
+        images_NCHW: Pixels, uint8 or float32.
         labels_N: int64 class indices.
         prefix: What `name` puts before the index.
 
@@ -76,8 +89,9 @@ class ArrayExamples(Examples):
     """
 
     def __init__(self, images_NCHW: Tensor, labels_N: Tensor, *, prefix: str = "image") -> None:
-        if images_NCHW.dtype != torch.uint8 or images_NCHW.dim() != 4:
-            raise DataError("expected uint8 pixels of shape (N, C, H, W)", where=tuple(images_NCHW.shape))
+        if images_NCHW.dtype not in (torch.uint8, torch.float32) or images_NCHW.dim() != 4:
+            found = f"{images_NCHW.dtype}, {tuple(images_NCHW.shape)}"
+            raise DataError("expected uint8 or float32 pixels of shape (N, C, H, W)", where=found)
         if labels_N.dtype != torch.int64 or labels_N.shape != images_NCHW.shape[:1]:
             raise DataError("expected one int64 label per image", where=tuple(labels_N.shape))
         self.labels_N = labels_N
@@ -85,8 +99,13 @@ class ArrayExamples(Examples):
         self._prefix = prefix
 
     def read(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """Return uint8 pixels (B, C, H, W)."""
+        """Return pixels (B, C, H, W)."""
         return self._images_NCHW.index_select(0, _as_indices(indices))
+
+    @property
+    def in_memory(self) -> bool:
+        """True."""
+        return True
 
     def name(self, index: int) -> str:
         """Return the prefix and the index."""
@@ -94,6 +113,47 @@ class ArrayExamples(Examples):
 
     def verify(self) -> None:
         """Do nothing: pixels in memory are readable."""
+
+
+class SubsetExamples(Examples):
+    """Some examples of others, in a given order.
+
+    Args:
+        examples: The others.
+        indices_N: int64 indices into them.
+    """
+
+    def __init__(self, examples: Examples, indices_N: Tensor) -> None:
+        self._examples = examples
+        self._indices_N = indices_N
+        self.labels_N = examples.labels_N[indices_N]
+
+    def read(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """Return the pixels (B, C, H, W) of these members of the subset."""
+        return self._examples.read(self._indices_N[_as_indices(indices)])
+
+    def for_epoch(self, seed: int, epoch: int) -> Examples:
+        """Return the same subset of what the others are in that epoch."""
+        return SubsetExamples(self._examples.for_epoch(seed, epoch), self._indices_N)
+
+    @property
+    def in_memory(self) -> bool:
+        """As the others."""
+        return self._examples.in_memory
+
+    def name(self, index: int) -> str:
+        """Return the name that the others give it."""
+        return self._examples.name(int(self._indices_N[index]))
+
+    def verify(self) -> None:
+        """Look at every member once.
+
+        Raises:
+            DataError: Some cannot be read.
+        """
+        if not self.in_memory:
+            for indices_B in torch.arange(len(self)).split(_VERIFY_CHUNK):
+                self.read(indices_B)
 
 
 class FileExamples(Examples):
@@ -133,6 +193,11 @@ class FileExamples(Examples):
         _raise_first(self._fill(indices_B))
         assert self._cache_NCHW is not None
         return self._cache_NCHW.index_select(0, indices_B)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether every image is in the cache."""
+        return self.cached and bool(self._filled_N.all())
 
     def name(self, index: int) -> str:
         """Return the path."""

@@ -15,6 +15,7 @@ from bayesnet.errors import ConfigError
 from bayesnet.types import JsonObject
 
 MAX_SIDE = 4096
+MAX_CHANNELS = 1024
 MIN_STD = 1e-3
 
 
@@ -23,12 +24,15 @@ class Preprocessing:
     """How an image file becomes the input of a model.
 
     Args:
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (grey), 3 (RGB), or any other number for data from Python.
         height: Rows, pixels.
         width: Columns, pixels.
-        mean: Mean of each channel over the training images, on the scale 0..1.
-        std: Standard deviation of each channel, on the scale 0..1.
+        mean: Mean of each channel over the training images, after the division by ``pixel_scale``.
+        std: Standard deviation of each channel, likewise.
         max_pixels: Largest image that is decoded, pixels; larger ones are refused from their header.
+        resize: Short side that an image file is scaled to before the centre is cropped, pixels; 0 scales it so that it
+            just covers height x width.
+        pixel_scale: What pixel values are divided by: 255 for uint8 pixels, 1 for floating-point data from Python.
 
     Raises:
         ConfigError: A value is out of range.
@@ -47,9 +51,11 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     max_pixels: int = 50_000_000
+    resize: int = 0
+    pixel_scale: float = 255.0
 
     def __post_init__(self) -> None:
-        require(self.channels in (1, 3), "channels must be 1 or 3", where="preprocessing.channels")
+        require(1 <= self.channels <= MAX_CHANNELS, f"must be 1 to {MAX_CHANNELS}", where="preprocessing.channels")
         for key, side in (("height", self.height), ("width", self.width)):
             require(1 <= side <= MAX_SIDE, f"must be between 1 and {MAX_SIDE}", where=f"preprocessing.{key}")
         for key, values in (("mean", self.mean), ("std", self.std)):
@@ -57,6 +63,9 @@ class Preprocessing:
             require(right, f"expected {self.channels} finite numbers", where=f"preprocessing.{key}")
         require(min(self.std) > 0, "must be above 0", where="preprocessing.std")
         require(self.max_pixels >= 1, "must be at least 1", where="preprocessing.max_pixels")
+        covers = self.resize == 0 or max(self.height, self.width) <= self.resize <= MAX_SIDE
+        require(covers, "must be 0 or at least the height and width", where="preprocessing.resize")
+        require(self.pixel_scale in (1.0, 255.0), "must be 1 or 255", where="preprocessing.pixel_scale")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -64,13 +73,13 @@ class Preprocessing:
         return self.channels, self.height, self.width
 
     def normalize(self, x_BCHW: Tensor) -> Tensor:
-        """Return ``(x / 255 - mean) / std`` as float32, without waiting for the device.
+        """Return ``(x / pixel_scale - mean) / std`` as float32, without waiting for the device.
 
         Args:
-            x_BCHW: uint8 pixels, on any device.
+            x_BCHW: Pixels, uint8 or float32, on any device.
         """
         mean_C11, std_C11 = _constant(self.mean, x_BCHW.device), _constant(self.std, x_BCHW.device)
-        return (x_BCHW.to(torch.float32) / 255 - mean_C11) / std_C11
+        return (x_BCHW.to(torch.float32) / self.pixel_scale - mean_C11) / std_C11
 
     def to_json(self) -> JsonObject:
         """Return the values as plain JSON."""

@@ -12,9 +12,9 @@ _CHUNK = 64
 
 
 def channel_statistics(examples: Examples, sample: int = 2000) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and standard deviation of each channel, on the scale 0..1.
+    """Return the mean and standard deviation of each channel: of uint8 pixels on the scale 0..1, else as they are.
 
-    The images are evenly spaced in the data set and the sums are integers, so the result is the same on every machine.
+    The images are evenly spaced in the data set; sums over uint8 pixels are integers, the same on every machine.
 
     Args:
         examples: The training images.
@@ -29,14 +29,16 @@ def channel_statistics(examples: Examples, sample: int = 2000) -> tuple[tuple[fl
     """
     num = min(sample, len(examples))
     indices_N = torch.arange(num) * len(examples) // max(num, 1)
-    counts: list[Tensor] = []
+    sums: list[Tensor] = []
+    scale = 1.0
     for chunk_B in indices_N.split(_CHUNK):
         x_CP = examples.read(chunk_B).transpose(0, 1).flatten(1)
-        counts.append(torch.stack([torch.bincount(pixels_P, minlength=256) for pixels_P in x_CP]))
-    histogram_CV = torch.stack(counts).sum(0)
-    value_V = torch.arange(256)
-    total_C = histogram_CV.sum(1).double()
-    mean_C = (histogram_CV * value_V).sum(1).double() / total_C
-    variance_C = (histogram_CV * value_V**2).sum(1).double() / total_C - mean_C**2
-    std_C = (variance_C.clamp_min(0).sqrt() / 255).clamp_min(MIN_STD)
-    return tuple((mean_C / 255).tolist()), tuple(std_C.tolist())
+        if x_CP.dtype == torch.uint8:
+            scale, x_CP = 255.0, x_CP.long()
+        else:
+            x_CP = x_CP.double()
+        sums.append(torch.stack([x_CP.sum(1), (x_CP**2).sum(1), torch.full_like(x_CP[:, 0], x_CP.shape[1])]))
+    sum_C, square_C, count_C = torch.stack(sums).sum(0).double()
+    mean_C = sum_C / count_C
+    std_C = ((square_C / count_C - mean_C**2).clamp_min(0).sqrt() / scale).clamp_min(MIN_STD)
+    return tuple((mean_C / scale).tolist()), tuple(std_C.tolist())

@@ -52,8 +52,13 @@ class Posterior(nn.Module, ABC):
     """How many draws there are, for a finite posterior; None where any number can be had."""
 
     @abstractmethod
-    def loss(self, x_BCHW: Tensor, y_B: Tensor) -> Loss:
-        """Return the training objective on a batch of normalised images (B, C, H, W) and labels (B,)."""
+    def loss(self, x_BCHW: Tensor, y: Tensor) -> Loss:
+        """Return the training objective on a batch of normalised images (B, C, H, W).
+
+        Args:
+            x_BCHW: Images.
+            y: Labels (B,), int64, or soft labels (B, K), rows that add up to 1 (label smoothing, mixup).
+        """
 
     @abstractmethod
     def logits(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
@@ -69,6 +74,10 @@ class Posterior(nn.Module, ABC):
 
     def variational_parameters(self) -> Sequence[nn.Parameter]:
         """Return the parameters that the variational optimizer owns: never decayed, their prior is in the KL."""
+        return ()
+
+    def scale_parameters(self) -> Sequence[nn.Parameter]:
+        """Return those of the variational parameters that are spreads: sharpness-aware training leaves them alone."""
         return ()
 
     def posterior_scale(self) -> Tensor | None:
@@ -113,12 +122,12 @@ class HeadPosterior(Posterior):
         return features_BD
 
     @abstractmethod
-    def loss_from_features(self, features_BD: Tensor, y_B: Tensor) -> Loss:
-        """Return the training objective on features (B, D) and labels (B,)."""
+    def loss_from_features(self, features_BD: Tensor, y: Tensor) -> Loss:
+        """Return the training objective on features (B, D) and labels (B,) or soft labels (B, K)."""
 
-    def loss(self, x_BCHW: Tensor, y_B: Tensor) -> Loss:
+    def loss(self, x_BCHW: Tensor, y: Tensor) -> Loss:
         """Return the training objective on a batch: one backbone pass, then `loss_from_features`."""
-        return self.loss_from_features(self.features(x_BCHW), y_B)
+        return self.loss_from_features(self.features(x_BCHW), y)
 
     def logits(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
         """Return joint draws of the logits (S, B, K) from one backbone pass."""

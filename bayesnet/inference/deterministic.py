@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bayesnet.elbo import cross_entropy
 from bayesnet.inference.base import Family, Parts, Posterior, no_finalize
 from bayesnet.types import Loss
 
@@ -38,10 +39,10 @@ class Deterministic(Posterior):
         self.backbone = parts.backbone
         self.head = nn.Linear(parts.num_features, parts.num_classes)
 
-    def loss(self, x_BCHW: Tensor, y_B: Tensor) -> Loss:
+    def loss(self, x_BCHW: Tensor, y: Tensor) -> Loss:
         """Return the mean cross-entropy, nats; its KL is 0."""
-        nll = nn.functional.cross_entropy(self.head(self.backbone(x_BCHW)), y_B)
-        return Loss(nll, nll, torch.zeros_like(nll))
+        fit, nll = cross_entropy(self.head(self.backbone(x_BCHW)), y)
+        return Loss(fit, nll, torch.zeros_like(fit), fit)
 
     def logits(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
         """Return the logits as the only draw (1, B, K), whatever ``num_samples``."""

@@ -116,16 +116,20 @@ class MeanField(HeadPosterior):
         """The guide, which is also the distribution over the last layer."""
         return self.guide
 
-    def loss_from_features(self, features_BD: Tensor, y_B: Tensor) -> Loss:
+    def loss_from_features(self, features_BD: Tensor, y: Tensor) -> Loss:
         """Return the negative ELBO per example by the chosen estimator."""
         if self.estimator == "weight":
-            return weight_space_loss(self.model.head, self.guide, features_BD, y_B, self.num_examples)
+            return weight_space_loss(self.model.head, self.guide, features_BD, y, self.num_examples)
         kl = self.guide.kl(self.model.head.prior_scale)
-        return local_loss(self.guide.logit_moments(features_BD), y_B, kl, self.num_examples)
+        return local_loss(self.guide.logit_moments(features_BD), y, kl, self.num_examples)
 
     def variational_parameters(self) -> Sequence[nn.Parameter]:
         """Return the guide's parameters."""
         return (self.guide.loc, self.guide.log_scale)
+
+    def scale_parameters(self) -> Sequence[nn.Parameter]:
+        """Return the guide's log scales."""
+        return (self.guide.log_scale,)
 
     def posterior_scale(self) -> Tensor:
         """Return the posterior standard deviations (K, D + 1)."""

@@ -42,7 +42,7 @@ class KLPerBatch(MeanField):
 
     def loss_from_features(self, features_BD: torch.Tensor, y_B: torch.Tensor) -> Loss:
         loss = super().loss_from_features(features_BD, y_B)
-        return Loss(loss.nll + loss.kl / len(y_B), loss.nll, loss.kl)
+        return Loss(loss.nll + loss.kl / len(y_B), loss.nll, loss.kl, loss.nll)
 
 
 class SummedNLL(MeanField):
@@ -51,7 +51,7 @@ class SummedNLL(MeanField):
     def loss_from_features(self, features_BD: torch.Tensor, y_B: torch.Tensor) -> Loss:
         loss = super().loss_from_features(features_BD, y_B)
         nll = loss.nll * len(y_B)
-        return Loss(nll + loss.kl / self.num_examples, nll, loss.kl)
+        return Loss(nll + loss.kl / self.num_examples, nll, loss.kl, nll)
 
 
 class ScaleInTheBackbonesOptimizer(MeanField):

@@ -25,7 +25,7 @@ def test_digits() -> None:
     assert pixels.unique().tolist() == [round(value * 255 / 16) for value in range(17)]
     assert len(pixels.flatten(1).unique(dim=0)) == 1797  # no image is in two splits
     assert data.preprocessing.shape == (1, 8, 8)
-    assert data.test.name(3) == "digits test 3"
+    assert data.test.name(3) == "digit 16"
     normal = data.preprocessing.normalize(data.train.read(range(len(data.train))))
     assert abs(normal.mean().item()) < 1e-5
     assert normal.std(correction=0).item() == pytest.approx(1, abs=1e-5)
