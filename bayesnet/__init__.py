@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bayesnet.estimator import BayesNetClassifier as BayesNetClassifier
+    from bayesnet.estimator import load as load
     from bayesnet.inference import FAMILIES as FAMILIES
     from bayesnet.model import BayesianClassifier as BayesianClassifier
     from bayesnet.workflows import ImageClassifier as ImageClassifier
@@ -23,12 +25,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "FAMILIES": "bayesnet.inference",
+    "BayesNetClassifier": "bayesnet.estimator",
     "BayesianClassifier": "bayesnet.model",
     "ImageClassifier": "bayesnet.workflows",
     "bench": "bayesnet.workflows",
     "calibrate": "bayesnet.workflows",
     "compare": "bayesnet.workflows",
     "doctor": "bayesnet.workflows",
+    "load": "bayesnet.estimator",
     "predict": "bayesnet.workflows",
     "train": "bayesnet.workflows",
 }

@@ -8,20 +8,29 @@ it needs the closed-form moments that Gaussian heads give.
 
 Stock Pyro estimators turn every site's log-probability into a Python float and check it for NaN, one host
 synchronisation each; here sums stay tensors. The Kullback-Leibler divergence is closed form wherever one is registered,
-and the result says whether it was.
+and the result says whether it was. A guide may also draw auxiliary sites that the model does not have, and make its
+latent site a Delta of them, as Pyro's automatic guides do: the divergence is then that of the draw,
+
+    log q(auxiliary) + log q(latent | auxiliary) - log p(latent),
+
+whose first term holds the entropy. The closed form of a Delta alone would be -log p(latent): a bound without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
+from bayesnet.errors import ConfigError
 from bayesnet.types import LogitGaussian, Loss
 
 PyroProgram = Callable[..., Any]
@@ -43,14 +52,28 @@ class ElboTerms(NamedTuple):
     value: Any
 
 
+@contextlib.contextmanager
+def private_pyro() -> Iterator[None]:
+    """Run a Pyro program with a parameter store of its own, which is gone afterwards, however its modules were built.
+
+    Parameters of modules stay in their modules. Validation is off, since it reads values back from the device.
+    """
+    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        yield
+
+
 def trace_elbo(model: PyroProgram, guide: PyroProgram, *args: Tensor, closed_form_kl: bool = True) -> ElboTerms:
     """Return a one-draw estimate of the ELBO of a Pyro model and guide, without host synchronisation.
 
     Args:
         model: A Pyro program whose observed sites are scaled to the whole data set (a plate of size N).
-        guide: A Pyro program with a sample site for each latent site of the model.
+        guide: A Pyro program with a sample site for each latent site of the model, and any auxiliary ones. Its
+            parameters are those of modules: what a plain function asks of `pyro.param` starts anew in every call.
         args: Passed to both.
         closed_form_kl: Use registered closed forms; otherwise every site's KL is log q - log p of the draw.
+
+    Raises:
+        ConfigError: The guide lacks a latent site of the model.
 
     Example:
         >>> import pyro.distributions as dist
@@ -62,33 +85,84 @@ def trace_elbo(model: PyroProgram, guide: PyroProgram, *args: Tensor, closed_for
         >>> trace_elbo(model, guide, torch.tensor(1.0)).kl
         tensor(0.1250)
     """
-    # A store of its own: the programs' parameters stay out of the global one, however their modules were built.
-    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+    with private_pyro():
         guide_trace = poutine.trace(guide, graph_type="flat").get_trace(*args)
+        guide_trace.compute_log_prob()
+    with private_pyro():  # another store: parameters of one name in model and guide are two
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace), graph_type="flat").get_trace(*args)
         model_trace.compute_log_prob()
-        guide_trace.compute_log_prob()
     log_likelihood, kl, kl_is_exact = torch.zeros(()), torch.zeros(()), True
-    for name, site in model_trace.nodes.items():
-        if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
-            continue
+    model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
+    for name, site in model_sites.items():
         if site["is_observed"]:
             log_likelihood = log_likelihood + site["log_prob_sum"]
             continue
-        guide_site = guide_trace.nodes[name]
+        guide_site = guide_sites.get(name)
+        if guide_site is None:
+            raise ConfigError("the guide lacks a latent site of the model", where=name)
         divergence = _closed_form_kl(guide_site, site) if closed_form_kl else None
         kl_is_exact = kl_is_exact and divergence is not None
         kl = kl + (guide_site["log_prob_sum"] - site["log_prob_sum"] if divergence is None else divergence)
+    for name in guide_sites.keys() - model_sites.keys():
+        kl, kl_is_exact = kl + guide_sites[name]["log_prob_sum"], False
     return ElboTerms(log_likelihood, kl, kl_is_exact, model_trace.nodes["_RETURN"]["value"])
+
+
+def sample_sites(trace: poutine.Trace) -> dict[str, Mapping[str, Any]]:
+    """Return the sample sites of a trace by name, in order, but for those that choose a plate's subsample."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample"
+    }
+
+
+def is_delta(distribution: object) -> bool:
+    """Return whether a distribution is a point mass, however it is wrapped."""
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return isinstance(distribution, Delta)
+
+
+def closed_form_divergence(guide: Distribution, prior: Distribution) -> Tensor | None:
+    """Return KL(guide || prior), nats per batch entry, or None where torch knows no closed form.
+
+    Example:
+        >>> from torch.distributions import Laplace, Normal, StudentT
+        >>> closed_form_divergence(Normal(0.0, 1.0), Laplace(0.0, 1.0))
+        tensor(0.0721)
+        >>> closed_form_divergence(Normal(0.0, 1.0), StudentT(4.0)) is None
+        True
+    """
+    if is_delta(guide):  # what Pyro registers for a Delta leaves out its log_density
+        return None
+    try:
+        divergence: Tensor = kl_divergence(guide, prior)
+    except NotImplementedError:
+        return None
+    return divergence
+
+
+def divergence_or_draw(guide: Distribution, prior: Distribution) -> Tensor:
+    """Return KL(guide || prior), nats, summed over all entries: closed form, or else log q - log p of one draw.
+
+    Args:
+        guide: A distribution that can be sampled with gradients.
+        prior: Of the same shape.
+    """
+    divergence = closed_form_divergence(guide, prior)
+    if divergence is None:
+        value = guide.rsample()
+        divergence = guide.log_prob(value) - prior.log_prob(value)
+    return divergence.sum()
 
 
 def _closed_form_kl(guide_site: Mapping[str, Any], model_site: Mapping[str, Any]) -> Tensor | None:
     """Return the scaled sum of KL(guide || prior) of a site, or None where torch knows no closed form."""
-    try:
-        divergence: Tensor = kl_divergence(guide_site["fn"], model_site["fn"])
-    except NotImplementedError:
+    divergence = closed_form_divergence(guide_site["fn"], model_site["fn"])
+    if divergence is None:
         return None
-    total: Tensor = (divergence * guide_site["scale"]).sum()
+    total: Tensor = scale_and_mask(divergence, guide_site["scale"], guide_site["mask"]).sum()
     return total
 
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from bayesnet.errors import DeviceError
 from bayesnet.inference.base import Posterior
+from bayesnet.step import PLAIN, StepPlan, take_step
 from bayesnet.types import Loss
 
 
@@ -103,8 +104,9 @@ class Engine:
         posterior: Posterior,
         optimizers: Sequence[Optimizer],
         x_BCHW: Tensor,
-        y_B: Tensor,
+        y: Tensor,
         kl_weight: Tensor | float = 1.0,
+        plan: StepPlan = PLAIN,
     ) -> Loss:
         """Take one optimisation step and return the detached loss, without waiting for the device.
 
@@ -112,13 +114,8 @@ class Engine:
             posterior: What is trained, in training mode.
             optimizers: Stepped in this order; together they own every parameter once.
             x_BCHW: Normalised images on the device.
-            y_B: Labels (B,) on the device.
+            y: Labels (B,) or soft labels (B, K) on the device.
             kl_weight: Weight of KL / N in the minimised objective; 1 is the ELBO.
+            plan: Parts, clipping, sharpness.
         """
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss = posterior.loss(x_BCHW, y_B)
-        torch.autograd.backward(loss.tempered(kl_weight))
-        for optimizer in optimizers:
-            optimizer.step()
-        return Loss(*(part.detach() for part in loss))
+        return take_step(posterior, optimizers, x_BCHW, y, kl_weight, plan)

@@ -1,6 +1,6 @@
 """The one generative model: a CNN feature extractor under a Bayesian softmax head, as a complete Pyro program.
 
-    w ~ Normal(0, prior_scale), one matrix (K, D + 1), the bias its last column
+    w ~ Normal(0, prior_scale), or another prior; one matrix (K, D + 1), the bias its last column
     y_n ~ Categorical(softmax(W f(x_n) + b)),  n = 1 ... N
 
 Weight and bias are one latent site because structured posteriors (full covariance, Kronecker) must couple them. Every
@@ -11,7 +11,8 @@ first and runs the program of the head only, which gives the same ELBO.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -23,9 +24,30 @@ from torch.distributions.constraints import Constraint
 
 from bayesnet.backbones import num_features
 from bayesnet.config import require
+from bayesnet.registry import Registry
 
 WEIGHT = "weight"
 LABEL = "label"
+STUDENT_T_DF = 4.0
+
+PriorName = Literal["normal", "laplace", "student_t"]
+"""The names in PRIORS."""
+
+PriorFactory = Callable[[Tensor, Tensor], dist.TorchDistribution]
+"""From location and scale, both (K, D + 1), to a distribution over a tensor of that shape."""
+
+PRIORS: Registry[PriorFactory] = Registry(
+    "prior",
+    {
+        "normal": lambda loc, scale: dist.Normal(loc, scale, validate_args=False),
+        "laplace": lambda loc, scale: dist.Laplace(loc, scale, validate_args=False),
+        "student_t": lambda loc, scale: dist.StudentT(
+            torch.full_like(loc, STUDENT_T_DF), loc, scale, validate_args=False
+        ),
+    },
+)
+"""Priors of the head's weights, independent, centred at 0. The scale is the standard deviation of the normal; the
+Laplace's is sqrt(2) times its scale, the Student-t's (4 degrees of freedom) also."""
 
 
 def linear_logits(features_BD: Tensor, weight_KD: Tensor) -> Tensor:
@@ -73,15 +95,27 @@ class BayesianHead(PyroModule):
         num_features: D.
         num_classes: K.
         num_examples: N, the size of the training set: the likelihood of a batch is scaled by N / B.
-        prior_scale: Prior standard deviation of the weights.
-        prior_bias_scale: Prior standard deviation of the biases.
+        prior_scale: Prior scale of the weights: the standard deviation of the normal prior.
+        prior_bias_scale: Prior scale of the biases.
+        prior: A name in PRIORS, or a function from location (zeros) and scale, (K, D + 1) both, to a distribution.
 
     Raises:
-        ConfigError: A scale is not positive and finite.
+        ConfigError: A scale is not positive and finite, the prior's name is unknown, or its shape is not (K, D + 1).
+
+    Example:
+        >>> head = BayesianHead(4, 3, 100, 1.0, 1.0, lambda loc, scale: dist.Cauchy(loc, scale))
+        >>> head.prior().event_shape
+        torch.Size([3, 5])
     """
 
     def __init__(
-        self, num_features: int, num_classes: int, num_examples: int, prior_scale: float, prior_bias_scale: float
+        self,
+        num_features: int,
+        num_classes: int,
+        num_examples: int,
+        prior_scale: float,
+        prior_bias_scale: float,
+        prior: PriorName | PriorFactory = "normal",
     ) -> None:
         super().__init__()
         for key, scale in (("prior_scale", prior_scale), ("prior_bias_scale", prior_bias_scale)):
@@ -93,11 +127,20 @@ class BayesianHead(PyroModule):
         scale_KD[:, -1] = prior_bias_scale
         self.register_buffer("prior_scale", scale_KD)
         self.register_buffer("prior_loc", torch.zeros_like(scale_KD))
+        self._prior_factory = PRIORS[prior] if isinstance(prior, str) else prior
+        self._cached_prior: tuple[Tensor, dist.TorchDistribution] | None = None
+        shape = self.prior().event_shape
+        require(shape == scale_KD.shape, "the prior has another shape than the weight", where=f"prior {tuple(shape)}")
 
     def prior(self) -> dist.TorchDistribution:
         """Return the prior over the head's weight, event shape (K, D + 1)."""
-        prior: dist.TorchDistribution = dist.Normal(self.prior_loc, self.prior_scale).to_event(2)
-        return prior
+        scale_KD = self.prior_scale
+        if self._cached_prior is None or self._cached_prior[0] is not scale_KD:
+            # Made once per device: some distributions turn Python numbers into tensors, which waits for the device.
+            with torch.inference_mode(False):
+                prior = self._prior_factory(self.prior_loc, scale_KD)
+                self._cached_prior = scale_KD, prior.to_event(len(prior.batch_shape))
+        return self._cached_prior[1]
 
     def forward(self, features_BD: Tensor, y_B: Tensor | None = None) -> Tensor:
         """Run the program on features (B, D) and labels (B,); return the logits (B, K) of the sampled weight.
@@ -120,8 +163,10 @@ class BayesianClassifier(PyroModule):
         backbone: A module from images (B, C, H, W) to features (B, D), with ``num_features`` = D.
         num_classes: K.
         num_examples: N, the size of the training set.
-        prior_scale: Prior standard deviation of the head's weights.
-        prior_bias_scale: Prior standard deviation of the head's biases.
+        prior_scale: Prior scale of the head's weights: the standard deviation of the normal prior.
+        prior_bias_scale: Prior scale of the head's biases.
+        prior: "normal", "laplace", "student_t" (4 degrees of freedom), or a function from location and scale to any
+            Pyro distribution over the weight.
 
     Example:
         >>> import torch
@@ -140,10 +185,13 @@ class BayesianClassifier(PyroModule):
         *,
         prior_scale: float = 1.0,
         prior_bias_scale: float = 1.0,
+        prior: PriorName | PriorFactory = "normal",
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = BayesianHead(num_features(backbone), num_classes, num_examples, prior_scale, prior_bias_scale)
+        self.head = BayesianHead(
+            num_features(backbone), num_classes, num_examples, prior_scale, prior_bias_scale, prior
+        )
 
     def forward(self, x_BCHW: Tensor, y_B: Tensor | None = None) -> Tensor:
         """Run the program on images (B, C, H, W) and labels (B,); return the logits (B, K) of the sampled weight."""

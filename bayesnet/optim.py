@@ -8,10 +8,11 @@ optimizer keeps the scale that it started with: a constant, not an inference.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -20,7 +21,12 @@ from bayesnet.errors import CheckpointError
 from bayesnet.inference.base import Posterior
 
 PREFIX = "optimizer/"
+NUMBER = ":number"
 FUSED_DEVICES = ("cpu", "cuda")
+ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1 / 25 / 1e4
+
+OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
+"""Takes parameter groups, gives an optimizer of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +38,13 @@ class OptimizerConfig:
         learning_rate: Its peak learning rate.
         momentum: Of SGD.
         weight_decay: On weights; not on biases and normalisation parameters, and never on variational parameters.
-        schedule: "cosine" to zero over all epochs, or "constant"; it scales both optimizers' learning rates.
-        warmup_epochs: Epochs of linear warm-up at the start.
+        schedule: Scales both optimizers' learning rates: "cosine" to zero over all epochs, "constant", "step" (times
+            ``step_factor`` after every ``step_epochs``), or "one_cycle" (up from 1/25 and down to 1/250,000 of the peak
+            by half cosines, Smith and Topin 2018, arXiv:1708.07120).
+        warmup_epochs: Epochs of linear warm-up at the start; "one_cycle" has its own.
+        step_epochs: Epochs between the steps of "step".
+        step_factor: What each of them multiplies the rates by.
+        peak_fraction: Share of the training after which "one_cycle" is at its peak.
         variational_learning_rate: Adam's peak learning rate on the variational parameters.
     """
 
@@ -41,8 +52,11 @@ class OptimizerConfig:
     learning_rate: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "step", "one_cycle"] = "cosine"
     warmup_epochs: float = 1.0
+    step_epochs: int = 10
+    step_factor: float = 0.1
+    peak_fraction: float = 0.3
     variational_learning_rate: float = 0.02
 
     def __post_init__(self) -> None:
@@ -52,18 +66,29 @@ class OptimizerConfig:
         require(0 <= self.momentum < 1, "must be in [0, 1)", where=f"optimizer.momentum = {self.momentum}")
         require(0 <= self.weight_decay < math.inf, "must not be negative", where="optimizer.weight_decay")
         require(0 <= self.warmup_epochs < math.inf, "must not be negative", where="optimizer.warmup_epochs")
+        require(self.step_epochs >= 1, "must be at least 1", where=f"optimizer.step_epochs = {self.step_epochs}")
+        for name in ("step_factor", "peak_fraction"):
+            value = getattr(self, name)
+            require(0 < value < 1, "must be between 0 and 1", where=f"optimizer.{name} = {value}")
 
 
-def build_optimizers(posterior: Posterior, config: OptimizerConfig) -> tuple[Optimizer, ...]:
-    """Return the optimizers that together own every parameter of the posterior once.
+def build_optimizers(
+    posterior: Posterior, config: OptimizerConfig, factory: OptimizerFactory | None = None
+) -> tuple[Optimizer, ...]:
+    """Return the optimizers that together own every trained parameter of the posterior once.
 
     Args:
-        posterior: Its ``variational_parameters`` go to Adam, the rest to ``config.name``.
+        posterior: Its ``variational_parameters`` go to Adam, the rest to ``config.name``; frozen ones to none.
         config: Names, rates, weight decay.
+        factory: Makes the optimizer of the rest, in place of ``config.name``, from parameter groups with "params" and
+            "weight_decay". Its learning rates are its own; the schedule scales them.
+
+    Raises:
+        ConfigError: The factory gives no optimizer, or one of other parameters.
     """
     variational = list(posterior.variational_parameters())
     taken = {id(parameter) for parameter in variational}
-    others = [parameter for parameter in posterior.parameters() if id(parameter) not in taken]
+    others = [p for p in posterior.parameters() if p.requires_grad and id(p) not in taken]
     groups = [
         {"params": [p for p in others if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
@@ -72,7 +97,9 @@ def build_optimizers(posterior: Posterior, config: OptimizerConfig) -> tuple[Opt
     # Fused steps are one operator per group and read no step count back to the host.
     fused = next(posterior.parameters()).device.type in FUSED_DEVICES
     optimizers: list[Optimizer] = []
-    if groups and config.name == "sgd":
+    if groups and factory is not None:
+        optimizers.append(_checked(factory(groups), others))
+    elif groups and config.name == "sgd":
         momentum = config.momentum
         optimizers.append(SGD(groups, lr=config.learning_rate, momentum=momentum, nesterov=momentum > 0, fused=fused))
     elif groups:
@@ -82,6 +109,17 @@ def build_optimizers(posterior: Posterior, config: OptimizerConfig) -> tuple[Opt
     return tuple(optimizers)
 
 
+def _checked(optimizer: object, parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """Return what a user's factory gave, made sure to own these parameters and no others."""
+    given = isinstance(optimizer, Optimizer)
+    require(given, "the optimizer factory must give a torch.optim.Optimizer", where=type(optimizer).__name__)
+    assert isinstance(optimizer, Optimizer)
+    owned = sorted(id(p) for group in optimizer.param_groups for p in group["params"])
+    what = "the optimizer factory must own the parameters that it was given, each once"
+    require(owned == sorted(map(id, parameters)), what, where=type(optimizer).__name__)
+    return optimizer
+
+
 def schedule_factor(config: OptimizerConfig, step: int, num_steps: int, steps_per_epoch: int) -> float:
     """Return the factor on the peak learning rates at a step counted from 0.
 
@@ -89,24 +127,52 @@ def schedule_factor(config: OptimizerConfig, step: int, num_steps: int, steps_pe
         >>> config = OptimizerConfig(warmup_epochs=1)
         >>> [round(schedule_factor(config, step, 40, 10), 2) for step in (0, 9, 25, 39)]
         [0.1, 1.0, 0.5, 0.0]
+        >>> config = OptimizerConfig(schedule="step", step_epochs=2, warmup_epochs=0)
+        >>> [round(schedule_factor(config, step, 40, 10), 3) for step in (0, 19, 20, 39)]
+        [1.0, 1.0, 0.1, 0.1]
     """
+    if config.schedule == "one_cycle":
+        return _one_cycle(step, num_steps, config.peak_fraction)
     warmup_steps = config.warmup_epochs * steps_per_epoch
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1) if warmup_steps < 1 else min(1.0, (step + 1) / warmup_steps)
     if config.schedule == "constant":
         return 1.0
+    if config.schedule == "step":
+        return config.step_factor ** (step // (config.step_epochs * steps_per_epoch))
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1.0, num_steps - warmup_steps)))
 
 
+def _one_cycle(step: int, num_steps: int, peak_fraction: float) -> float:
+    """Return the factor of the one-cycle schedule: half a cosine up to the peak, another one down."""
+    peak, last = peak_fraction * num_steps - 1, num_steps - 1
+    if step <= peak:
+        low, share = ONE_CYCLE_START, step / peak if peak > 0 else 1.0
+        return low + (1 - low) * (1 - math.cos(math.pi * share)) / 2
+    share = (step - peak) / max(1.0, last - peak)
+    return ONE_CYCLE_END + (1 - ONE_CYCLE_END) * (1 + math.cos(math.pi * min(1.0, share))) / 2
+
+
 def optimizer_tensors(module: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """Return the optimizers' state under ``optimizer/PARAMETER/KEY``: plain tensors, no pickled object."""
-    return {
-        f"{PREFIX}{name}/{key}": value
-        for optimizer in optimizers
-        for name, parameter in _owned(module, optimizer)
-        for key, value in optimizer.state[parameter].items()
-        if isinstance(value, Tensor)
-    }
+    """Return the optimizers' state under ``optimizer/PARAMETER/KEY``: plain tensors, no pickled object.
+
+    Raises:
+        ConfigError: A user's optimizer keeps state that is neither a tensor nor a number: it could not be resumed.
+    """
+    tensors: dict[str, Tensor] = {}
+    for optimizer in optimizers:
+        for name, parameter in _owned(module, optimizer):
+            for key, value in optimizer.state[parameter].items():
+                kind = f"{type(optimizer).__name__}, {key}: {type(value).__name__}"
+                what = "the optimizer keeps state that a checkpoint cannot hold"
+                savable = value is None or isinstance(value, Tensor | float | int)
+                require(savable, what, where=kind, hint="use one whose state is tensors and numbers")
+                if isinstance(value, Tensor):
+                    tensors[f"{PREFIX}{name}/{key}"] = value
+                elif value is not None:
+                    dtype = torch.int64 if isinstance(value, int) else torch.float64
+                    tensors[f"{PREFIX}{name}/{key}{NUMBER}"] = torch.tensor(value, dtype=dtype)
+    return tensors
 
 
 def restore_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]) -> None:
@@ -115,16 +181,19 @@ def restore_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], tenso
     Raises:
         CheckpointError: A tensor belongs to no parameter, or has the wrong shape.
     """
-    saved: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, dict[str, Tensor | float]] = {}
     for full_name, tensor in tensors.items():
         if full_name.startswith(PREFIX):
             name, _, key = full_name.removeprefix(PREFIX).rpartition("/")
-            saved.setdefault(name, {})[key] = tensor.clone()  # optimizers work in place
+            # Optimizers work in place, so they get a copy. A Python number comes back as one.
+            value = tensor.item() if key.endswith(NUMBER) else tensor.clone()
+            saved.setdefault(name, {})[key.removesuffix(NUMBER)] = value
     for optimizer in optimizers:
         state = {}
         for index, (name, parameter) in enumerate(_owned(module, optimizer)):
             values = saved.pop(name, {})
-            if any(tensor.dim() and tensor.shape != parameter.shape for tensor in values.values()):
+            tensors_of = [value for value in values.values() if isinstance(value, Tensor)]
+            if any(t.dim() and t.shape != parameter.shape for t in tensors_of):
                 raise CheckpointError("optimizer state does not fit the model", where=name)
             if values:
                 state[index] = values

@@ -9,6 +9,7 @@ are computed in chunks padded to one size that the run records, so a prediction 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from bayesnet.calibration import Calibrator
 from bayesnet.calibration.identity import Identity
 from bayesnet.data import Examples, Preprocessing
+from bayesnet.data.loading import read_batches
 from bayesnet.engine import Engine
 from bayesnet.inference.base import Posterior
 from bayesnet.types import Summary
@@ -94,6 +96,7 @@ class Predictor:
         num_samples: S, draws per image (finite posteriors give at most their own).
         chunk_size: Images per backbone pass; shorter chunks are padded to it.
         calibrator: Map on every draw's log-probabilities.
+        workers: Processes that read images ahead.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class Predictor:
         num_samples: int = 256,
         chunk_size: int = 32,
         calibrator: Calibrator | None = None,
+        workers: int = 0,
     ) -> None:
         self.posterior = posterior.to(engine.device).eval()
         self.preprocessing = preprocessing
@@ -112,6 +116,7 @@ class Predictor:
         self.num_samples = min(num_samples, posterior.max_draws or num_samples)
         self.chunk_size = chunk_size
         self.calibrator = calibrator or Identity()
+        self.workers = workers
 
     def log_probabilities(self, x_BCHW: Tensor) -> Tensor:
         """Return calibrated log-probabilities (S, B, K), float64, of at most ``chunk_size`` uint8 images."""
@@ -151,6 +156,16 @@ class Predictor:
         """Return the uncalibrated log-probabilities (S, N, K) of some examples, float32 on the host."""
         return torch.cat([self.raw_log_probabilities(x).float().cpu() for x in self._chunks(examples, indices_N)], 1)
 
+    def summaries(self, examples: Examples, level: float) -> Iterator[Summary]:
+        """Yield the summary of each chunk of examples, in order.
+
+        Args:
+            examples: Images; their labels are not looked at.
+            level: Mass of the intervals.
+        """
+        for x_BCHW in self._chunks(examples):
+            yield summarize(self.log_probabilities(x_BCHW), level)
+
     def mean_nll(self, examples: Examples) -> float:
         """Return the mean negative log-likelihood of the examples' labels under the mean probability, nats."""
         total, start = 0.0, 0
@@ -163,8 +178,8 @@ class Predictor:
 
     def _chunks(self, examples: Examples, indices_N: Tensor | None = None) -> Iterator[Tensor]:
         chosen = torch.arange(len(examples)) if indices_N is None else indices_N
-        for indices_B in chosen.split(self.chunk_size):
-            yield examples.read(indices_B)
+        with contextlib.closing(read_batches(examples, chosen.split(self.chunk_size), workers=self.workers)) as batches:
+            yield from batches
 
 
 def _quantiles(log_values_SBK: Tensor, probabilities: Sequence[float]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from bayesnet.checkpoint import step_name
 from bayesnet.config import require
 from bayesnet.errors import CheckpointError, DivergedError
+from bayesnet.step import StepPlan
 from bayesnet.types import JsonObject
 
 
@@ -25,6 +26,15 @@ class TrainingConfig:
         kl_warmup_epochs: Epochs over which the KL's weight rises linearly from 0 to 1.
         selection: Which epoch's model the run uses: "best" has the lowest validation NLL, "last" is the end of the
             schedule, the better choice where the validation split is too small to rank epochs. Both are kept.
+        patience: Epochs without a better validation NLL after which training stops; 0 never stops early.
+        balanced: Show each class equally often. The classifier then takes classes to be equally probable beforehand,
+            and N in KL / N is the sample's effective size.
+        label_smoothing: Share of the label that is spread over all classes. Reported NLLs are those of plain labels.
+        mixup: alpha of mixup's Beta(alpha, alpha); 0 mixes nothing. There is then no training NLL to report.
+        accumulation: Parts that a batch is computed in, to save memory. Batch norm sees each part by itself.
+        clip_norm: Largest norm of the gradient of all parameters together; 0 does not clip.
+        twin: Train the deterministic twin beside a Bayesian model; `bayesnet calibrate` compares the two.
+        sam_rho: Radius of sharpness-aware training (SAM), such as 0.1; 0 is ordinary training. It doubles the cost.
     """
 
     epochs: int = 20
@@ -32,12 +42,35 @@ class TrainingConfig:
     seed: int = 0
     kl_warmup_epochs: float = 0.0
     selection: Literal["best", "last"] = "best"
+    patience: int = 0
+    balanced: bool = False
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    accumulation: int = 1
+    clip_norm: float = 0.0
+    sam_rho: float = 0.0
+    twin: bool = True
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "must be at least 1", where=f"training.epochs = {self.epochs}")
         require(self.batch_size >= 2, "must be at least 2", where=f"training.batch_size = {self.batch_size}")
         require(0 <= self.seed < 2**31, "must be from 0 to 2^31 - 1", where=f"training.seed = {self.seed}")
-        require(0 <= self.kl_warmup_epochs < math.inf, "must not be negative", where="training.kl_warmup_epochs")
+        for key in ("kl_warmup_epochs", "patience", "mixup", "clip_norm", "sam_rho"):
+            value = getattr(self, key)
+            require(0 <= value < math.inf, "must not be negative", where=f"training.{key} = {value}")
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 1, "must be in [0, 1)", where=f"training.label_smoothing = {smoothing}")
+        parts = self.accumulation
+        fits = 1 <= parts <= max(1, self.batch_size // 2)
+        hint = "a part has at least 2 images"
+        require(
+            fits, "must be from 1 to half of training.batch_size", where=f"training.accumulation = {parts}", hint=hint
+        )
+
+    @property
+    def plan(self) -> StepPlan:
+        """How a batch's gradient is computed."""
+        return StepPlan(self.accumulation, self.clip_norm, self.sam_rho)
 
 
 class EpochReport(NamedTuple):
@@ -46,7 +79,8 @@ class EpochReport(NamedTuple):
     Attributes:
         epoch: From 1.
         step: Optimisation steps so far.
-        train_nll: Mean negative log-likelihood over the epoch, as trained (augmented, one draw), nats per example.
+        train_nll: Mean negative log-likelihood over the epoch, as trained (augmented, one draw), nats per example; None
+            under mixup, whose images have no label of their own.
         kl: Divergence from the prior at the epoch's last step, nats.
         kl_per_example: KL / N, nats per example.
         validation_nll: Mean NLL of the posterior predictive on the validation split, nats per example.
@@ -57,7 +91,7 @@ class EpochReport(NamedTuple):
 
     epoch: int
     step: int
-    train_nll: float
+    train_nll: float | None
     kl: float
     kl_per_example: float
     validation_nll: float
@@ -116,6 +150,11 @@ class Progress:
     best_nll: float = math.inf
     initial_scale: float | None = None
     reports: list[EpochReport] = field(default_factory=list)
+
+    def is_finished(self, training: TrainingConfig) -> bool:
+        """Return whether all epochs are done, or none of the last ``training.patience`` was better."""
+        out_of_patience = 0 < training.patience <= self.epoch - self.best_epoch
+        return self.epoch >= training.epochs or out_of_patience
 
     def to_json(self) -> JsonObject:
         """Return the progress as plain JSON; an infinite best_nll becomes None."""

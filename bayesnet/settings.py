@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from bayesnet.backbones import BACKBONES, BackboneConfig
+from bayesnet.backbones import BackboneConfig, resolve
 from bayesnet.config import build_section, merge, parse_override, read_toml, require, to_mapping
 from bayesnet.data import DATASETS, DataConfig
 from bayesnet.engine import EngineConfig
@@ -85,7 +85,7 @@ def build_settings(mapping: Mapping[str, Any]) -> Settings:
         engine=build_section(EngineConfig, mapping.get("engine", {}), section="engine"),
         predict=build_section(PredictConfig, mapping.get("predict", {}), section="predict"),
     )
-    BACKBONES[settings.backbone.name]  # raises for an unknown name, before any work
+    resolve(settings.backbone.name)  # raises for an unknown name, before any work
     return settings
 
 
@@ -115,6 +115,13 @@ def read_config(name: str) -> dict[str, Any]:
     if name.endswith(".toml") or Path(name).is_file():
         return read_toml(Path(name))
     raise unknown_name("recipe", name, known)
+
+
+def _recipe(data_set: str, family: str) -> dict[str, Any]:
+    """Return the recipe of a data set and family, or that of the default family with this one's own defaults."""
+    if f"{data_set}/{family}" in recipe_names():
+        return read_config(f"{data_set}/{family}")
+    return {**read_config(f"{data_set}/{DEFAULT_FAMILY}"), "inference": {"family": family}}
 
 
 def resolve_settings(
@@ -151,7 +158,7 @@ def resolve_settings(
         named_spec = section.get("spec") if isinstance(section, Mapping) else None
         kind = str(data or named_spec or DataConfig().spec).partition(":")[0]
         DATASETS[kind]
-        mapping = read_config(f"{kind}/{family or (DEFAULT_FAMILY if bayesian else TWIN)}")
+        mapping = _recipe(kind, family or (DEFAULT_FAMILY if bayesian else TWIN))
     else:
         mapping = read_config(config)
         inference = mapping.get("inference", {})

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayesnet import elbo
 from bayesnet.engine import Engine
-from bayesnet.inference.base import Family, HeadPosterior, Parts, Posterior
+from bayesnet.inference.base import Family, GaussianHeadPosterior, HeadPosterior, Parts, Posterior
 from bayesnet.model import linear_logits
 from bayesnet.optim import OptimizerConfig, build_optimizers
 
@@ -253,22 +253,32 @@ def check_draws_ignore_companions(family: Family) -> None:
 
 
 def check_draws_match_moments(family: Family) -> None:
-    """Mean and standard deviation of the draws equal the head's closed-form logit moments (head families).
+    """Mean and standard deviation of the predictions' draws are those of the posterior (head families).
 
-    The table's columns have mean 0 and variance 1 exactly, so this is an equality for heads without a factor; with one,
-    the Sobol columns' correlations enter, below 0.05 at S = 256.
+    Gaussian heads: they equal the closed-form logit moments. The table's columns have mean 0 and variance 1 exactly, so
+    this is an equality for heads without a factor; with one, the Sobol columns' correlations enter, below 0.05 at
+    S = 256. Other heads: 256 draws are compared with 2,048 joint ones; over all images and classes the root mean square
+    of the differences is within 0.25 standard deviations (0.07 is expected where all logits share their noise) and that
+    of the log ratios of scales within 0.2 (0.05 is expected): a scale of 0.7 is caught.
     """
     problem = toy_problem()
     posterior = build(family, problem)
     if not isinstance(posterior, HeadPosterior):
         return
     with torch.no_grad():
-        moments = posterior.head.logit_moments(posterior.features(problem.x_NCHW))
         draws_SBK = posterior.predict_draws(problem.x_NCHW, 256)
-    scale_BK = (moments.scale_BK.square() + moments.factor_BKR.square().sum(-1)).sqrt()
+        mean_BK, scale_BK = draws_SBK.mean(0), draws_SBK.std(0, correction=0)
+        if not isinstance(posterior, GaussianHeadPosterior):
+            joint_SBK = _seeded_logits(posterior, problem, 2048)
+            difference_BK = (mean_BK - joint_SBK.mean(0)) / joint_SBK.std(0)
+            assert difference_BK.square().mean().sqrt() <= 0.25, "means differ"
+            assert (scale_BK / joint_SBK.std(0)).log().square().mean().sqrt() <= 0.2, "scales differ"
+            return
+        moments = posterior.head.logit_moments(posterior.features(problem.x_NCHW))
+    exact_BK = (moments.scale_BK.square() + moments.factor_BKR.square().sum(-1)).sqrt()
     tolerance = 0.05 if moments.factor_BKR.shape[-1] else 1e-4
-    assert ((draws_SBK.mean(0) - moments.mean_BK).abs() <= tolerance * scale_BK).all(), "means differ"
-    assert ((draws_SBK.std(0, correction=0) / scale_BK - 1).abs() <= tolerance).all(), "scales differ"
+    assert ((mean_BK - moments.mean_BK).abs() <= tolerance * exact_BK).all(), "means differ"
+    assert ((scale_BK / exact_BK - 1).abs() <= tolerance).all(), "scales differ"
 
 
 def check_scale_is_fitted(family: Family) -> None:

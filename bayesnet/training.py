@@ -7,34 +7,36 @@ epoch ends.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from bayesnet.batches import TrainingData, batch_bounds, epoch_batches
 from bayesnet.checkpoint import Checkpoint, first_non_finite, prune_checkpoints, save_checkpoint
-from bayesnet.data import Examples, Preprocessing
-from bayesnet.data.augment import Augmentation, augment, epoch_draws
+from bayesnet.data.sampling import effective_size
 from bayesnet.engine import Engine
 from bayesnet.errors import CheckpointError, DivergedError, InterruptedRunError
 from bayesnet.inference.base import Posterior
-from bayesnet.optim import OptimizerConfig, build_optimizers, optimizer_tensors, restore_optimizers, schedule_factor
+from bayesnet.optim import (
+    OptimizerConfig,
+    OptimizerFactory,
+    build_optimizers,
+    optimizer_tensors,
+    restore_optimizers,
+    schedule_factor,
+)
+from bayesnet.profiling import StepProfiler, profiled
 from bayesnet.progress import EpochReport, FitResult, Progress, TrainingConfig
+from bayesnet.step import random_state, set_random_state
 from bayesnet.types import JsonObject
 
 MODEL_PREFIX = "model/"
-
-
-class TrainingData(NamedTuple):
-    """What fit reads: training images and how they are normalised and augmented."""
-
-    examples: Examples
-    preprocessing: Preprocessing
-    augmentation: Augmentation
 
 
 class Listener:
@@ -45,6 +47,9 @@ class Listener:
 
     def on_epoch(self, report: EpochReport, num_epochs: int) -> None:
         """Called after each epoch, its checkpoint committed."""
+
+    def on_fitted(self, num_epochs: int) -> None:
+        """Called when the last epoch is done, which early stopping may make earlier than planned."""
 
 
 def fit(
@@ -60,6 +65,8 @@ def fit(
     resume: Checkpoint | None = None,
     listener: Listener | None = None,
     stop_signal: Callable[[], int | None] = lambda: None,
+    optimizer_factory: OptimizerFactory | None = None,
+    profile: Path | None = None,
 ) -> FitResult:
     """Train a posterior and keep its best and last checkpoints.
 
@@ -75,17 +82,21 @@ def fit(
         resume: The checkpoint to go on from.
         listener: Hears of progress.
         stop_signal: Asked after each step; a number ends the run with a committed checkpoint.
+        optimizer_factory: Makes the optimizer of all parameters that are not variational, in place of
+            ``optimizer.name``.
+        profile: File for a trace of a few steps.
 
     Raises:
         DivergedError: The loss or a parameter is not finite; the last finite checkpoint stays.
         InterruptedRunError: ``stop_signal`` gave a number; the checkpoint is committed.
         StorageError: A checkpoint could not be written.
     """
-    trainer = _Trainer(posterior, data, directory, engine, optimizer, training, metadata)
+    trainer = _Trainer(posterior, data, directory, engine, optimizer, training, metadata, optimizer_factory)
     # The caller's random state is left as it was: a fit is a function of its seed.
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
         trainer.start(resume)
-        trainer.run(validate, listener or Listener(), stop_signal)
+        with profiled(profile, engine.device) as profiler:
+            trainer.run(validate, listener or Listener(), stop_signal, profiler)
     return trainer.result()
 
 
@@ -101,11 +112,13 @@ class _Trainer:
         optimizer: OptimizerConfig,
         training: TrainingConfig,
         metadata: JsonObject,
+        optimizer_factory: OptimizerFactory | None,
     ) -> None:
         self.posterior = posterior.to(engine.device)
         self.data, self.directory, self.engine = data, directory, engine
         self.optimizer_config, self.training, self.metadata = optimizer, training, metadata
-        self.optimizers = build_optimizers(posterior, optimizer)
+        self.optimizers = build_optimizers(posterior, optimizer, optimizer_factory)
+        self.num_examples = effective_size(data.examples.labels_N, balanced=training.balanced)
         self.peak_rates = [float(group["lr"]) for group in self.param_groups]
         self.bounds = batch_bounds(len(data.examples), training.batch_size)
         self.num_steps = training.epochs * len(self.bounds)
@@ -132,46 +145,52 @@ class _Trainer:
         restore_model(self.posterior, resume)
         restore_optimizers(self.posterior, self.optimizers, resume.tensors)
         self.set_schedule(self.progress.step - 1)  # for the report, where the epoch's last step was the last one taken
-        torch.set_rng_state(resume.tensors["rng/cpu"])
-        if "rng/cuda" in resume.tensors and self.engine.device.type == "cuda":
-            torch.cuda.set_rng_state(resume.tensors["rng/cuda"], self.engine.device)
+        device = self.engine.device
+        if f"rng/{device.type}" in resume.tensors:
+            set_random_state(device, resume.tensors[f"rng/{device.type}"])
+        else:  # begun on another kind of device: its own noise, but the same at every resumption from here
+            torch.manual_seed(self.training.seed + self.progress.step)
 
     def run(
-        self, validate: Callable[[Posterior], float], listener: Listener, stop_signal: Callable[[], int | None]
+        self,
+        validate: Callable[[Posterior], float],
+        listener: Listener,
+        stop_signal: Callable[[], int | None],
+        profiler: StepProfiler | None = None,
     ) -> None:
         """Run the remaining epochs; after each, validate, note the best, commit, and drop what is no longer needed."""
         clock = _Clock(self.progress.seconds)
-        while self.progress.epoch < self.training.epochs:
-            for _ in self.epoch_steps():
-                listener.on_step(self.progress.step, self.num_steps)
-                if (number := stop_signal()) is not None:
-                    self.progress.seconds = clock.seconds()
-                    self.save()
-                    raise InterruptedRunError(number)
+        while not self.progress.is_finished(self.training):
+            with contextlib.closing(self.epoch_steps()) as steps:  # which ends worker processes however it is left
+                for _ in steps:
+                    if profiler is not None:
+                        profiler.step()
+                    listener.on_step(self.progress.step, self.num_steps)
+                    if (number := stop_signal()) is not None:
+                        self.progress.seconds = clock.seconds()
+                        self.save()
+                        raise InterruptedRunError(number)
             self.check_finite()
             report = self.finish_epoch(validate(self.posterior), clock)
             listener.on_epoch(report, self.training.epochs)
+        listener.on_fitted(self.progress.epoch)
 
-    def epoch_steps(self) -> Iterator[None]:
+    def epoch_steps(self) -> Generator[None, None, None]:
         """Take the remaining steps of the current epoch, yielding after each."""
-        progress, data, seed = self.progress, self.data, self.training.seed
-        order = epoch_order(len(data.examples), seed=seed, epoch=progress.epoch)
-        draws = epoch_draws(len(data.examples), data.augmentation, seed=seed, epoch=progress.epoch)
+        progress = self.progress
         self.posterior.train()
-        for start, stop in self.bounds[progress.batch :]:
-            indices = order[start:stop]
-            pixels_BCHW = self.engine.put(data.examples.read(indices))
-            if not data.augmentation.is_identity:
-                pixels_BCHW = augment(pixels_BCHW, draws.select(indices).to(self.engine.device))
-            x_BCHW = data.preprocessing.normalize(pixels_BCHW)
-            y_B = self.engine.put(data.examples.labels_N[indices])
-            kl_weight = self.set_schedule(progress.step)
-            loss = self.engine.train_step(self.posterior, self.optimizers, x_BCHW, y_B, kl_weight)
-            self.nll_sum = self.nll_sum + (stop - start) * loss.nll
-            self.kl = loss.kl
-            progress.batch += 1
-            progress.step += 1
-            yield
+        bounds = self.bounds[progress.batch :]
+        batches = epoch_batches(self.data, self.training, self.engine, epoch=progress.epoch, bounds=bounds)
+        plan = self.training.plan
+        with contextlib.closing(batches):
+            for x_BCHW, y in batches:
+                kl_weight = self.set_schedule(progress.step)
+                loss = self.engine.train_step(self.posterior, self.optimizers, x_BCHW, y, kl_weight, plan)
+                self.nll_sum = self.nll_sum + len(x_BCHW) * loss.nll
+                self.kl = loss.kl
+                progress.batch += 1
+                progress.step += 1
+                yield
 
     def set_schedule(self, step: int) -> float:
         """Set every learning rate for a step counted from 0; return the weight of the KL."""
@@ -184,15 +203,16 @@ class _Trainer:
 
     def finish_epoch(self, validation_nll: float, clock: _Clock) -> EpochReport:
         """Record the epoch, note whether it is the best, and commit its checkpoint."""
-        progress, num_examples = self.progress, len(self.data.examples)
+        progress, training = self.progress, self.training
         previous_step = progress.reports[-1].step if progress.reports else 0
         progress.seconds = clock.seconds()
         report = EpochReport(
             epoch=progress.epoch + 1,
             step=progress.step,
-            train_nll=float(self.nll_sum) / num_examples,
+            # Mixed images have no label of their own, so there is no plain NLL to report.
+            train_nll=None if training.mixup else float(self.nll_sum) / len(self.data.examples),
             kl=float(self.kl),
-            kl_per_example=float(self.kl) / num_examples,
+            kl_per_example=float(self.kl) / self.num_examples,
             validation_nll=validation_nll,
             learning_rate=float(self.param_groups[0]["lr"]),
             posterior_scale=median_scale(self.posterior),
@@ -203,11 +223,19 @@ class _Trainer:
         self.nll_sum = torch.zeros_like(self.nll_sum)
         # What the checkpoint before this one would fall back to must outlive it.
         earlier = {previous_step, progress.best_step}
-        if validation_nll < progress.best_nll:  # false for NaN, so a NaN is never the best
+        if self.is_best(validation_nll):
             progress.best_epoch, progress.best_step, progress.best_nll = report.epoch, report.step, validation_nll
         self.save()
         prune_checkpoints(self.directory, keep={*earlier, progress.best_step, progress.step})
         return report
+
+    def is_best(self, validation_nll: float) -> bool:
+        """Return whether the epoch that ends is the best so far; during the KL's warm-up it is only a makeshift."""
+        progress = self.progress
+        warmup_steps = self.training.kl_warmup_epochs * len(self.bounds)
+        if 0 < progress.best_step < warmup_steps <= progress.step and math.isfinite(validation_nll):
+            return True
+        return validation_nll < progress.best_nll  # false for NaN, so a NaN is never the best
 
     def check_finite(self) -> None:
         """Raise DivergedError unless the loss and all parameters are finite.
@@ -229,9 +257,8 @@ class _Trainer:
         self.progress.nll_sum, self.progress.kl = float(self.nll_sum), float(self.kl)
         tensors = {MODEL_PREFIX + name: tensor for name, tensor in self.posterior.state_dict().items()}
         tensors |= optimizer_tensors(self.posterior, self.optimizers)
-        tensors["rng/cpu"] = torch.get_rng_state()
-        if self.engine.device.type == "cuda":
-            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.engine.device)
+        device = self.engine.device
+        tensors[f"rng/{device.type}"] = random_state(device)
         state = {**self.metadata, "progress": self.progress.to_json()}
         return save_checkpoint(self.directory, self.progress.step, tensors, state)
 
@@ -253,26 +280,6 @@ class _Clock:
     def seconds(self) -> float:
         """Return the seconds so far."""
         return time.perf_counter() - self.started
-
-
-def epoch_order(num_examples: int, *, seed: int, epoch: int) -> Tensor:
-    """Return the order (N,) of the training images in an epoch: a function of seed and epoch alone."""
-    # Not torch's generator: on a CPU it takes 32 bits of its seed, so that all seeds would give one order. The third
-    # number keeps the stream apart from the augmentation's.
-    return torch.from_numpy(np.argsort(np.random.PCG64([seed, epoch, 1]).random_raw(num_examples), kind="stable"))
-
-
-def batch_bounds(num_examples: int, batch_size: int) -> list[tuple[int, int]]:
-    """Return the (start, stop) of each batch; a last batch of one image joins the one before it.
-
-    Example:
-        >>> batch_bounds(9, 4)
-        [(0, 4), (4, 9)]
-    """
-    starts = list(range(0, num_examples, batch_size))
-    if len(starts) > 1 and num_examples - starts[-1] == 1:
-        starts.pop()
-    return list(zip(starts, [*starts[1:], num_examples], strict=True))
 
 
 def median_scale(posterior: Posterior) -> float | None:

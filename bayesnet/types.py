@@ -77,3 +77,21 @@ class Summary(NamedTuple):
     expected_entropy_B: NDArray[np.float64]
     mutual_information_B: NDArray[np.float64]
     widened_BK: NDArray[np.bool_]
+
+
+class Interval(NamedTuple):
+    """Intervals on the class probabilities of N images.
+
+    Attributes:
+        lower_NK: Lower ends.
+        probability_NK: Mean probabilities, always inside.
+        upper_NK: Upper ends.
+        level: Mass under the posterior.
+        kind: What the intervals are, in words.
+    """
+
+    lower_NK: NDArray[np.float64]
+    probability_NK: NDArray[np.float64]
+    upper_NK: NDArray[np.float64]
+    level: float
+    kind: str

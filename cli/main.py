@@ -17,6 +17,7 @@ from .bench import bench
 from .calibrate import calibrate
 from .compare import compare
 from .doctor import doctor
+from .list import list_command
 from .predict import predict
 from .train import train
 
@@ -35,7 +36,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (train, calibrate, predict, bench, compare, doctor):
+for command in (train, calibrate, predict, bench, compare, list_command, doctor):
     cli.add_command(command)
 
 

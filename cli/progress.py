@@ -97,8 +97,10 @@ class TrainProgress(TrainListener):
             self._bar.update(self._task, completed=step, total=num_steps)
 
     def on_epoch(self, report: EpochReport, num_epochs: int) -> None:
-        """Print the epoch's line; after the last one there is nothing left to save."""
-        parts = [f"{self._name:<13} epoch {report.epoch:>3}/{num_epochs}", f"train NLL {report.train_nll:.4f}"]
+        """Print the epoch's line."""
+        parts = [f"{self._name:<13} epoch {report.epoch:>3}/{num_epochs}"]
+        if report.train_nll is not None:
+            parts.append(f"train NLL {report.train_nll:.4f}")
         if report.posterior_scale is not None:
             parts += [f"KL {report.kl:.1f} nats", f"KL/N {report.kl_per_example:.4f}"]
         parts.append(f"validation NLL {report.validation_nll:.4f}")
@@ -106,8 +108,10 @@ class TrainProgress(TrainListener):
             parts.append(f"posterior sd {report.posterior_scale:.4f}")
         parts.append(f"{report.seconds:.1f} s")
         self._line("  ".join(parts))
-        if report.epoch == num_epochs:
-            self.signals.disarm()
+
+    def on_fitted(self, num_epochs: int) -> None:
+        """Hand signals back: nothing is left to save."""
+        self.signals.disarm()
 
     def _line(self, text: str) -> None:
         if self._bar is not None:

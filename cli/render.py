@@ -35,8 +35,10 @@ def print_train_summary(summary: JsonObject) -> None:
     for name, model in models.items():
         scale = model["posterior_scale"]
         if scale["final"] is not None:
+            sampled = "" if model["kl_is_exact"] else " (one draw)"
+            train = "" if model["train_nll"] is None else f"train NLL {model['train_nll']:.4f}, "
             _say(
-                f"{name}: train NLL {model['train_nll']:.4f}, KL {model['kl']:.1f} nats, KL/N "
+                f"{name}: {train}KL {model['kl']:.1f} nats{sampled}, KL/N "
                 f"{model['kl_per_example']:.4f}; median posterior sd {scale['initial']:.4f} -> {scale['final']:.4f}"
             )
     _say(f"run: {run}")

@@ -23,18 +23,21 @@ MAX_LINES = 400
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("bayesnet_cli",),
     ("bayesnet",),  # the public names, resolved on first use
+    ("bayesnet.estimator",),
     ("bayesnet.workflows",),
     ("bayesnet.settings", "bayesnet.report", "bayesnet.benchmark", "bayesnet.testing"),
     ("bayesnet.training",),
+    ("bayesnet.batches", "bayesnet.profiling"),
     ("bayesnet.progress", "bayesnet.predictive"),
     ("bayesnet.engine", "bayesnet.optim"),
+    ("bayesnet.step",),
     ("bayesnet.inference",),
     ("bayesnet.model", "bayesnet.elbo"),
     ("bayesnet.data", "bayesnet.backbones", "bayesnet.calibration", "bayesnet.plots"),
     ("bayesnet.metrics",),
     ("bayesnet.resampling",),
-    ("bayesnet.rundir", "bayesnet.checkpoint"),
-    ("bayesnet.locking",),
+    ("bayesnet.rundir", "bayesnet.checkpoint", "bayesnet.weights"),
+    ("bayesnet.locking", "bayesnet.download"),
     ("bayesnet.storage",),
     ("bayesnet.strict_json",),
     ("bayesnet.config", "bayesnet.configs"),
@@ -49,16 +52,37 @@ DOORS: dict[str, tuple[str, ...]] = {
     "pyro": ("bayesnet.model", "bayesnet.elbo", "bayesnet.inference", "bayesnet.testing"),
     "matplotlib": ("bayesnet.plots",),
     "PIL": ("bayesnet.data.images",),
-    "safetensors": ("bayesnet.checkpoint",),
-    "sklearn": ("bayesnet.data.digits",),
+    "safetensors": ("bayesnet.checkpoint", "bayesnet.weights"),
+    "scipy.io": ("bayesnet.data.archives",),
+    "sklearn": ("bayesnet.data.digits", "bayesnet.estimator"),
     "torchvision": ("bayesnet.backbones",),
-    "torch.optim": ("bayesnet.optim", "bayesnet.engine"),
+    "timm": ("bayesnet.backbones",),
+    "huggingface_hub": ("bayesnet.backbones",),
+    "torch.optim": ("bayesnet.optim", "bayesnet.engine", "bayesnet.step"),
+    "urllib.request": ("bayesnet.download",),
 }
 
 # Ways to run what a file says. The functions are named as they are called; a method such as `model.eval()` is none.
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "joblib", "dill", "cloudpickle", "marshal", "shelve", "yaml", "runpy"}
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.jit.load", "torch.hub.load", "pyro.get_param_store().load"}
 FORBIDDEN_KEYWORDS = {"allow_pickle"}
+# The one door for what others made may do what nobody else may.
+ALLOWED_DANGERS = {"bayesnet/weights.py": {"pickle", "torch.load"}, "tests/test_docs.py": {"exec"}}
+
+# Options that a recipe names only where it turns them on.
+OFF_BY_DEFAULT = {
+    "accumulation",
+    "balanced",
+    "clip_norm",
+    "label_smoothing",
+    "mixup",
+    "patience",
+    "peak_fraction",
+    "sam_rho",
+    "step_epochs",
+    "step_factor",
+    "twin",
+}
 
 HEAVY = ("torch", "pyro", "torchvision", "arviz", "sklearn", "matplotlib", "scipy", "numpy", "PIL", "safetensors")
 
@@ -195,7 +219,19 @@ def dangers(tree: ast.Module) -> list[str]:
 
 
 def test_nothing_runs_what_a_file_says() -> None:
-    assert {str(path): found for path in python_files() if (found := dangers(parsed(path)))} == {}
+    found = {str(path.relative_to(ROOT)): set(dangers(parsed(path))) for path in python_files()}
+    assert {path: names for path, names in found.items() if names} == ALLOWED_DANGERS
+
+
+def test_the_door_calls_the_loader_of_torch_once_and_restricted() -> None:
+    calls = [
+        ast.unparse(node)
+        for node in ast.walk(parsed(ROOT / "bayesnet" / "weights.py"))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads")
+    ]
+    assert len(calls) == 1
+    assert calls[0].startswith("torch.load(")
+    assert "weights_only=True" in calls[0]
 
 
 @pytest.mark.parametrize(
@@ -282,8 +318,9 @@ def test_every_recipe_is_complete(name: str, tmp_path: Path) -> None:
     assert mapping.keys() == {field.name for field in dataclasses.fields(Settings)} - {"engine"}
     assert settings.inference.family == family
     for section in ("inference", "optimizer", "training", "predict"):
-        keys = {field.name for field in dataclasses.fields(getattr(settings, section))}
-        assert mapping[section].keys() == keys & to_mapping(getattr(settings, section)).keys(), section
+        keys = to_mapping(getattr(settings, section)).keys()
+        assert mapping[section].keys() | OFF_BY_DEFAULT >= keys, section
+        assert mapping[section].keys() <= keys, section
     # Without --config, the data set and the family find it.
     assert resolve_settings(data=spec, family=family) == settings
 
@@ -292,6 +329,8 @@ def test_every_family_has_recipes_and_a_row_in_the_readme() -> None:
     from bayesnet.data import DATASETS
     from bayesnet.inference import FAMILIES
 
-    assert {f"{data_set}/{family}" for data_set in DATASETS for family in FAMILIES} == set(recipe_names())
+    every_data_set = {f"{data_set}/{family}" for data_set in DATASETS for family in ("deterministic", "mean_field")}
+    every_family = {f"digits/{family}" for family in FAMILIES}
+    assert every_data_set | every_family <= set(recipe_names())
     rows = set(re.findall(r"^\| `([a-z_]+)` \|", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE))
     assert set(FAMILIES) <= rows

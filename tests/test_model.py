@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
@@ -19,7 +21,7 @@ from bayesnet.errors import ConfigError
 from bayesnet.inference import build_inference_config, build_posterior
 from bayesnet.inference.base import Parts
 from bayesnet.inference.mean_field import MeanField, MeanFieldGuide
-from bayesnet.model import LABEL, WEIGHT, BayesianClassifier, BayesianHead, linear_logits
+from bayesnet.model import LABEL, WEIGHT, BayesianClassifier, BayesianHead, PriorName, linear_logits
 from bayesnet.testing import FlattenBackbone, toy_problem
 
 
@@ -85,6 +87,55 @@ def test_stock_svi_takes_our_guide() -> None:
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
+def own_guide(x_BCHW: Tensor, y_B: Tensor | None = None) -> None:
+    """A plain Pyro function, its parameters in the global store, as users write them."""
+    loc = pyro.param("loc", torch.zeros(3, 17))
+    scale = pyro.param("scale", torch.full((3, 17), 0.2), constraint=dist.constraints.positive)
+    pyro.sample(WEIGHT, dist.Normal(loc, scale).to_event(2))
+
+
+def test_stock_svi_trains_a_users_function() -> None:
+    model = classifier(num_examples=12)
+    x_BCHW, y_B = images()
+    svi = SVI(model, own_guide, PyroAdam({"lr": 0.02}), TraceMeanField_ELBO())
+    losses = [svi.step(x_BCHW, y_B) for _ in range(40)]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert float((pyro.param("loc").detach()).abs().max()) > 0.1
+
+
+def test_stock_svi_runs_on_a_users_unrelated_model() -> None:
+    """With names that ours have too."""
+
+    def model(y: Tensor) -> None:
+        rate = pyro.sample(WEIGHT, dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample(LABEL, dist.Poisson(rate), obs=y)
+
+    pyro.set_rng_seed(0)
+    y = torch.tensor([3.0, 4.0, 5.0, 4.0] * 10)
+    guide = AutoNormal(model)
+    svi = SVI(model, guide, PyroAdam({"lr": 0.05}), Trace_ELBO())
+    for _ in range(200):
+        svi.step(y)
+    expected = (2.0 + float(y.sum())) / (1.0 + len(y))  # the conjugate posterior's mean
+    assert float(guide.median()[WEIGHT]) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("guide_type", [AutoNormal, AutoLowRankMultivariateNormal, None])
+def test_stock_predictive_draws_from_a_guide(guide_type: type[AutoNormal] | None) -> None:
+    model = classifier().eval()
+    x_BCHW, y_B = images()
+    guide = own_guide if guide_type is None else guide_type(model)
+    guide(x_BCHW, y_B)
+    draws = Predictive(model, guide=guide, num_samples=5, return_sites=[LABEL, WEIGHT])(x_BCHW)
+    assert draws[LABEL].shape == (5, 12)
+    features_BD = model.backbone(x_BCHW).detach()
+    weights = {WEIGHT: draws[WEIGHT].reshape(5, 1, 3, 17)}
+    together = Predictive(model.head, weights, parallel=True, return_sites=["_RETURN"])(features_BD)["_RETURN"]
+    expected = torch.stack([linear_logits(features_BD, weight_KD) for weight_KD in draws[WEIGHT].reshape(5, 3, 17)])
+    assert torch.allclose(together.reshape(5, 12, 3), expected, atol=1e-5)
+
+
 def test_stock_predictive_gives_labels_and_weights() -> None:
     model, guide = classifier().eval(), None
     x_BCHW, _ = images()
@@ -94,13 +145,14 @@ def test_stock_predictive_gives_labels_and_weights() -> None:
     assert set(draws[LABEL].unique().tolist()) <= {0, 1, 2}
 
 
-def test_stock_nuts_runs_on_the_head() -> None:
+@pytest.mark.parametrize("prior", get_args(PriorName))
+def test_stock_nuts_runs_on_the_head(prior: PriorName) -> None:
     problem = toy_problem(num_examples=20, num_features=2)
-    head = BayesianHead(2, 3, 20, 1.0, 1.0)
+    head = BayesianHead(2, 3, 20, 1.0, 1.0, prior)
     pyro.set_rng_seed(0)
-    mcmc = MCMC(NUTS(head), num_samples=15, warmup_steps=15, disable_progbar=True)
+    mcmc = MCMC(NUTS(head), num_samples=8, warmup_steps=8, disable_progbar=True)
     mcmc.run(problem.x_NCHW.flatten(1), problem.y_N)
-    assert mcmc.get_samples()[WEIGHT].shape == (15, 3, 3)
+    assert mcmc.get_samples()[WEIGHT].shape == (8, 3, 3)
 
 
 def test_any_number_of_leading_dimensions() -> None:

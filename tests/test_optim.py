@@ -161,3 +161,48 @@ def test_settings_out_of_range(key: str, value: float, what: str) -> None:
     with pytest.raises(ConfigError) as caught:
         OptimizerConfig(**{key: value})  # type: ignore[arg-type]
     assert str(caught.value) == what
+
+
+@pytest.mark.parametrize("peak_fraction", [0.1, 0.3, 0.6])
+def test_one_cycle_is_torchs(peak_fraction: float) -> None:
+    num_steps = 50
+    parameter = nn.Parameter(torch.zeros(1))
+    reference = torch.optim.SGD([parameter], lr=1.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        reference, max_lr=1.0, total_steps=num_steps, pct_start=peak_fraction, cycle_momentum=False
+    )
+    config = OptimizerConfig(schedule="one_cycle", peak_fraction=peak_fraction)
+    for step in range(num_steps):
+        expected = reference.param_groups[0]["lr"]
+        assert schedule_factor(config, step, num_steps, 10) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        reference.step()
+        if step + 1 < num_steps:
+            schedule.step()
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 5])
+def test_one_cycle_of_few_steps_stays_in_range(num_steps: int) -> None:
+    config = OptimizerConfig(schedule="one_cycle")
+    factors = [schedule_factor(config, step, num_steps, 1) for step in range(num_steps)]
+    assert all(0 < factor <= 1 for factor in factors)
+
+
+def test_step_schedule_is_torchs() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    reference = torch.optim.SGD([parameter], lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(reference, step_size=3, gamma=0.2)
+    config = OptimizerConfig(schedule="step", step_epochs=3, step_factor=0.2, warmup_epochs=0)
+    for epoch in range(8):
+        for batch in range(4):
+            factor = schedule_factor(config, 4 * epoch + batch, 32, 4)
+            assert factor == pytest.approx(reference.param_groups[0]["lr"])
+        reference.step()
+        schedule.step()
+
+
+def test_frozen_parameters_have_no_optimizer() -> None:
+    posterior = make_posterior("deterministic")
+    posterior.backbone.requires_grad_(False)
+    [optimizer] = build_optimizers(posterior, OptimizerConfig())
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert owned == {id(p) for p in posterior.head.parameters()}  # type: ignore[union-attr]

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 from bayesnet.backbones import BackboneConfig, build_backbone
+from bayesnet.batches import TrainingData
 from bayesnet.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, newest_checkpoint
 from bayesnet.data import ArrayExamples, Preprocessing
 from bayesnet.data.augment import Augmentation
+from bayesnet.data.sampling import epoch_order
 from bayesnet.engine import Engine
 from bayesnet.errors import CheckpointError, DivergedError, InterruptedRunError
 from bayesnet.inference import build_inference_config, build_posterior
 from bayesnet.inference.base import Parts, Posterior
 from bayesnet.optim import OptimizerConfig
 from bayesnet.progress import EpochReport, FitResult, TrainingConfig
-from bayesnet.training import Listener, TrainingData, batch_bounds, epoch_order, fit, median_scale, restore_model
+from bayesnet.step import PLAIN, StepPlan
+from bayesnet.training import Listener, fit, median_scale, restore_model
 from bayesnet.types import Loss
 
 NUM_IMAGES, NUM_CLASSES, BATCH_SIZE, EPOCHS = 41, 3, 8, 3
@@ -59,12 +62,13 @@ class Spy(Engine):
         posterior: Posterior,
         optimizers: Sequence[torch.optim.Optimizer],
         x_BCHW: Tensor,
-        y_B: Tensor,
+        y: Tensor,
         kl_weight: Tensor | float = 1.0,
+        plan: StepPlan = PLAIN,
     ) -> Loss:
         """Take the step."""
-        self.steps.append((x_BCHW.clone(), y_B.clone(), float(kl_weight)))
-        return super().train_step(posterior, optimizers, x_BCHW, y_B, kl_weight)
+        self.steps.append((x_BCHW.clone(), y.clone(), float(kl_weight)))
+        return super().train_step(posterior, optimizers, x_BCHW, y, kl_weight, plan)
 
 
 class Fitted(NamedTuple):
@@ -241,16 +245,6 @@ def test_each_epoch_reads_every_image_once_in_its_own_order(tmp_path: Path) -> N
     assert epoch_order(NUM_IMAGES, seed=0, epoch=1).tolist() == epochs[1]
 
 
-@pytest.mark.parametrize(
-    ("num_images", "batch_size", "sizes"),
-    [(1, 4, [1]), (4, 4, [4]), (5, 4, [5]), (6, 4, [4, 2]), (8, 4, [4, 4]), (3, 2, [3])],
-)
-def test_batch_bounds(num_images: int, batch_size: int, sizes: list[int]) -> None:
-    bounds = batch_bounds(num_images, batch_size)
-    assert [stop - start for start, stop in bounds] == sizes
-    assert [bounds[0][0], bounds[-1][1]] == [0, num_images]
-
-
 def test_the_weight_of_the_kl_rises_linearly(tmp_path: Path) -> None:
     weights = [weight for _, _, weight in run_fit(tmp_path / "a").spy.steps]  # 1.5 epochs of 5 steps
     assert weights == pytest.approx([min(1.0, (step + 1) / 7.5) for step in range(15)])
@@ -282,6 +276,7 @@ def test_reports(tmp_path: Path) -> None:
     for number, report in enumerate(fitted.result.reports, start=1):
         assert (report.epoch, report.step) == (number, STEPS_PER_EPOCH * number)
         assert report.kl_per_example == report.kl / NUM_IMAGES > 0
+        assert report.train_nll is not None
         assert math.isfinite(report.train_nll)
     last = fitted.result.reports[-1]
     assert last.validation_nll == mean_nll(fitted.posterior)

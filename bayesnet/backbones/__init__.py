@@ -1,4 +1,4 @@
-"""Feature extractors: the table BACKBONES and the configuration that picks from it.
+"""Feature extractors: the table BACKBONES, the collections ZOOS, and the configuration that picks from them.
 
 A backbone is any module that maps images (B, C, H, W) to features (B, D) and says D as ``num_features``.
 """
@@ -6,14 +6,44 @@ A backbone is any module that maps images (B, C, H, W) to features (B, D) and sa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, cast
+from functools import partial
+from typing import NamedTuple, NoReturn, cast
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from bayesnet.backbones.resnet import resnet18
+from bayesnet.backbones import timm_zoo, zoo
+from bayesnet.backbones.base import Backbone, BackboneBuilder, BackboneEntry, Hollow, Zoo
+from bayesnet.backbones.custom import FrozenBackbone, copy_module, custom_backbone
+from bayesnet.backbones.inception import inception
+from bayesnet.backbones.loading import NONE, fill
+from bayesnet.backbones.resnet import resnet
 from bayesnet.backbones.small_cnn import small_cnn
 from bayesnet.config import require
-from bayesnet.registry import Registry
+from bayesnet.errors import ConfigError
+from bayesnet.registry import Registry, unknown_name
+
+__all__ = [
+    "BACKBONES",
+    "CUSTOM",
+    "ZOOS",
+    "Backbone",
+    "BackboneBuilder",
+    "BackboneConfig",
+    "BackboneEntry",
+    "BackboneFacts",
+    "build_backbone",
+    "custom_backbone",
+    "describe",
+    "num_features",
+    "resolve",
+]
+
+CUSTOM = "custom"
+"""The name that stands for the caller's own module."""
+
+_LISTED_SIZE = 32
+_RESNET = "with a 3x3 stem and no pooling for images up to 64 pixels"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,51 +66,92 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.width <= 4096, "width must be from 0 to 4096", where="backbone.width")
+        require(self.weights != "", "must be none, default or a path", where="backbone.weights")
 
 
-class Backbone(Protocol):
-    """What a module must offer to be used as a feature extractor."""
+class BackboneFacts(NamedTuple):
+    """What a listing shows of a backbone.
 
-    num_features: int
+    Attributes:
+        name: Public name.
+        description: One line on what it is.
+        num_features: D.
+        parameters: How many numbers are trained, without the head.
+        input_size: Side of the images that it was published for, pixels; None for any.
+        accuracy: Published top-1 accuracy on ImageNet-1k, a share; None where there is none.
+    """
 
-    def __call__(self, x_BCHW: Tensor) -> Tensor:
-        """Return features (B, D) of normalised images (B, C, H, W)."""
-
-
-class BackboneBuilder(Protocol):
-    """A function that makes a backbone for images of one size."""
-
-    def __call__(self, *, channels: int, height: int, width: int, base_width: int) -> nn.Module:
-        """Return a module with ``num_features``; ``base_width`` is BackboneConfig.width."""
-
-
-class BackboneEntry(NamedTuple):
-    """A row of the table: the builder, and one line on what it is."""
-
-    build: BackboneBuilder
+    name: str
     description: str
+    num_features: int
+    parameters: int
+    input_size: int | None
+    accuracy: float | None
+
+
+def _residual(name: str, layers: int) -> BackboneEntry:
+    return BackboneEntry(partial(resnet, name), f"ResNet-{layers}, {_RESNET}", partial(zoo.published, name))
 
 
 BACKBONES: Registry[BackboneEntry] = Registry(
     "backbone",
     {
         "small_cnn": BackboneEntry(small_cnn, "four 3x3 convolutions with batch norm; seconds on a CPU"),
-        "resnet18": BackboneEntry(resnet18, "ResNet-18; a 3x3 stem without pooling for images up to 64 pixels"),
+        "inception": BackboneEntry(inception, "two Inception blocks after GoogLeNet's stem, with batch norm"),
+        "resnet18": _residual("resnet18", 18),
+        "resnet34": _residual("resnet34", 34),
+        "resnet50": _residual("resnet50", 50),
     },
 )
 
+ZOOS: Registry[Zoo] = Registry("collection of backbones", {zoo.PREFIX: zoo.ZOO, timm_zoo.PREFIX: timm_zoo.ZOO})
 
-def build_backbone(config: BackboneConfig, *, channels: int, height: int, width: int) -> nn.Module:
-    """Return the backbone that ``config`` names, initialised from torch's current random state.
+
+def resolve(name: str) -> BackboneEntry:
+    """Return the row of a name: of the table, ``PREFIX:NAME`` of a collection, or ``custom``.
+
+    Raises:
+        ConfigError: There is no such backbone (with a suggestion), or its collection is not installed.
+
+    Example:
+        >>> resolve("inceptoin")
+        Traceback (most recent call last):
+        bayesnet.errors.ConfigError: unknown backbone (inceptoin): did you mean 'inception'? Known: small_cnn, ...
+    """
+    prefix, colon, model = name.partition(":")
+    if colon and prefix in ZOOS:
+        return ZOOS[prefix].entry(model)
+    if name == CUSTOM:
+        return BackboneEntry(_no_module, "a module of the caller's own, from Python")
+    if name not in BACKBONES:
+        raise unknown_name("backbone", name, [*BACKBONES, CUSTOM, *(f"{each}:NAME" for each in ZOOS)])
+    return BACKBONES[name]
+
+
+def build_backbone(
+    config: BackboneConfig,
+    *,
+    channels: int,
+    height: int,
+    width: int,
+    module: nn.Module | None = None,
+    load_weights: bool = True,
+) -> nn.Module:
+    """Return the backbone that ``config`` names, initialised from torch's current random state, or with weights.
 
     Args:
-        config: Name and width.
+        config: Name, width, weights, whether it is frozen.
         channels: Image channels, 1 or 3.
         height: Image height in pixels.
         width: Image width in pixels.
+        module: What ``custom`` stands for; the backbone is a copy of it.
+        load_weights: False leaves the weights random, for a checkpoint to fill: nothing is downloaded or read. The
+            architecture is the one that ``config.weights`` asks for all the same.
 
     Raises:
-        ConfigError: The name is unknown, or the images are too small for this backbone.
+        ConfigError: The name is unknown, the images do not suit this backbone, nobody published weights of it, or a
+            module is missing or not asked for.
+        CheckpointError: The weights cannot be had or read, or are those of another network.
 
     Example:
         >>> import torch
@@ -88,10 +159,56 @@ def build_backbone(config: BackboneConfig, *, channels: int, height: int, width:
         >>> backbone(torch.zeros(2, 1, 8, 8)).shape[1] == num_features(backbone)
         True
     """
-    entry = BACKBONES[config.name]
-    return entry.build(channels=channels, height=height, width=width, base_width=config.width)
+    entry = resolve(config.name)
+    original = config.weights != NONE
+    if module is not None:
+        hint = f"set backbone.name to {CUSTOM}"
+        require(config.name == CUSTOM, "a module was given beside a backbone's name", where=config.name, hint=hint)
+        require(config.width == 0, "width is not for modules of your own", where="backbone.width", hint="leave it at 0")
+        backbone = custom_backbone(copy_module(module), channels=channels, height=height, width=width)
+    else:
+        if original and channels != 3 and entry.published() is not None:
+            where, hint = f"{channels} channels", "set data.channels to 3, or backbone.weights to none"
+            raise ConfigError(f"weights for {config.name} need images of 3 channels", where=where, hint=hint)
+        arguments = {"channels": channels, "height": height, "width": width}
+        backbone = entry.build(**arguments, base_width=config.width, original=original)
+    if original and load_weights:
+        fill(backbone, entry, config.weights, name=config.name)
+    return FrozenBackbone(backbone) if config.freeze else backbone
+
+
+def describe(name: str) -> BackboneFacts:
+    """Return what a listing shows of a backbone, for colour images of its published size; no memory for weights.
+
+    Raises:
+        ConfigError: There is no such backbone, or it is the caller's own.
+    """
+    entry = resolve(name)
+    published = entry.published()
+    size = _LISTED_SIZE if published is None else published.input_size
+    build = partial(entry.build, channels=3, height=size, width=size, base_width=0, original=published is not None)
+    try:
+        with Hollow():
+            backbone = build()
+    except RuntimeError:  # where a constructor computes with its weights
+        with torch.device("meta"):
+            backbone = build()
+    return BackboneFacts(
+        name,
+        entry.description,
+        num_features(backbone),
+        sum(parameter.numel() for parameter in backbone.parameters()),
+        None if published is None else published.input_size,
+        None if published is None else published.accuracy,
+    )
 
 
 def num_features(backbone: nn.Module) -> int:
     """Return D, the number of features that the backbone gives per image."""
     return cast("Backbone", backbone).num_features
+
+
+def _no_module(*, channels: int, height: int, width: int, base_width: int, original: bool) -> NoReturn:
+    """Refuse to build what only the caller has."""
+    hint = "give it: bayesnet.load(run, backbone=...)"
+    raise ConfigError("the backbone is the caller's own module", where=f"backbone.name = {CUSTOM}", hint=hint)

@@ -42,6 +42,6 @@ class SmallCNN(nn.Module):
         return features_BDHW.mean((2, 3))
 
 
-def small_cnn(*, channels: int, height: int, width: int, base_width: int) -> nn.Module:
+def small_cnn(*, channels: int, height: int, width: int, base_width: int, original: bool) -> nn.Module:
     """Return a SmallCNN for images of this size; any size from 1 pixel up."""
     return SmallCNN(channels, min(height, width), base_width or DEFAULT_WIDTH)

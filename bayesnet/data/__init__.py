@@ -7,7 +7,9 @@ from bayesnet.data.dataset import SPLITS, DataConfig, DataSource, ImageData
 from bayesnet.data.digits import DIGITS
 from bayesnet.data.examples import ArrayExamples, Examples, FileExamples
 from bayesnet.data.folder import FOLDER
+from bayesnet.data.mnist5k import MNIST5K
 from bayesnet.data.preprocessing import Preprocessing
+from bayesnet.data.public import PUBLIC
 from bayesnet.errors import ConfigError
 from bayesnet.registry import Registry
 
@@ -24,7 +26,9 @@ __all__ = [
     "load_data",
 ]
 
-DATASETS: Registry[DataSource] = Registry("data set", {"digits": DIGITS, "folder": FOLDER})
+DATASETS: Registry[DataSource] = Registry(
+    "data set", {"digits": DIGITS, "folder": FOLDER, "mnist5k": MNIST5K, **PUBLIC}
+)
 
 
 def load_data(config: DataConfig, preprocessing: Preprocessing | None = None) -> ImageData:

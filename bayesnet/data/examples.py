@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from bayesnet.data.images import image_size, read_image
 from bayesnet.data.preprocessing import Preprocessing
@@ -55,7 +56,7 @@ class Examples(ABC):
 
     @property
     def in_memory(self) -> bool:
-        """Whether reading is a copy of memory, so that no worker process could help."""
+        """Whether reading is a copy of memory, at least from the second time: no worker process could help."""
         return False
 
     @abstractmethod
@@ -146,14 +147,13 @@ class SubsetExamples(Examples):
         return self._examples.name(int(self._indices_N[index]))
 
     def verify(self) -> None:
-        """Look at every member once.
+        """Read every member once.
 
         Raises:
             DataError: Some cannot be read.
         """
-        if not self.in_memory:
-            for indices_B in torch.arange(len(self)).split(_VERIFY_CHUNK):
-                self.read(indices_B)
+        for indices_B in torch.arange(len(self)).split(_VERIFY_CHUNK):
+            self.read(indices_B)
 
 
 class FileExamples(Examples):
@@ -196,8 +196,8 @@ class FileExamples(Examples):
 
     @property
     def in_memory(self) -> bool:
-        """Whether every image is in the cache."""
-        return self.cached and bool(self._filled_N.all())
+        """Whether the images fit into the cache. What a worker process decoded would not be in this one's."""
+        return self.cached
 
     def name(self, index: int) -> str:
         """Return the path."""
@@ -288,7 +288,8 @@ def _for_each(action: Callable[[int], None], count: int, num_threads: int) -> li
             except DataError as error:
                 errors[position] = error
 
-    if num_threads == 1:
+    if num_threads == 1 or get_worker_info() is not None:  # each worker process is one of several already
+        num_threads = 1
         work(0)
         return [errors[position] for position in sorted(errors)]
     with ThreadPoolExecutor(num_threads, thread_name_prefix="bayesnet-decode") as pool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bayesnet.data.dataset import SPLITS, DataConfig, DataSource, ImageData
+from bayesnet.data.dataset import IMAGENET_MEAN, IMAGENET_STD, SPLITS, DataConfig, DataSource, ImageData
 from bayesnet.data.examples import FileExamples
 from bayesnet.data.images import image_size
 from bayesnet.data.preprocessing import Preprocessing
@@ -23,6 +23,7 @@ from bayesnet.data.splits import check_every_class, stratified_split
 from bayesnet.data.statistics import channel_statistics
 from bayesnet.errors import ConfigError, DataError, printable
 
+IMAGENET_RESIZE, IMAGENET_SIDE = 256, 224
 SIZE_SAMPLE = 200
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 8, 224, 8
 
@@ -36,7 +37,8 @@ def load_folder(config: DataConfig, argument: str, preprocessing: Preprocessing 
     Args:
         config: The section ``data``.
         argument: The folder; ``~`` is expanded.
-        preprocessing: That of a run, or None to choose the size and measure the statistics on the training split.
+        preprocessing: That of a run, or None to take that of the preset, or else to choose the size and measure the
+            statistics on the training split.
 
     Raises:
         ConfigError: The home folder of a user is unknown.
@@ -58,8 +60,10 @@ def load_folder(config: DataConfig, argument: str, preprocessing: Preprocessing 
         notes.append(size_note)
         # Reading needs no statistics, so the examples that measure them go on with the pixels they decoded.
         examples = _examples(files, blank, config.cache_megabytes * 10**6)
-        mean, std = channel_statistics(examples["train"])
-        preprocessing = dataclasses.replace(blank, mean=mean, std=std)
+        preprocessing = blank
+        if config.preset != "imagenet":
+            mean, std = channel_statistics(examples["train"])
+            preprocessing = dataclasses.replace(blank, mean=mean, std=std)
     else:
         examples = _examples(files, preprocessing, config.cache_megabytes * 10**6)
     return ImageData(
@@ -123,7 +127,14 @@ def _absent(split: str, by_class: Mapping[str, Sequence[SourceFile]], classes: S
 
 
 def _blank(config: DataConfig, train: Sequence[Labelled]) -> tuple[Preprocessing, str]:
-    """Return the preprocessing without statistics, and a sentence on its size."""
+    """Return the preprocessing, without statistics unless the preset has them, and a sentence on its size."""
+    if config.preset == "imagenet":
+        side, resize = IMAGENET_SIDE, IMAGENET_RESIZE
+        note = (
+            f"Images are scaled to a short side of {resize} and cropped to {side} x {side} pixels, "
+            "with the statistics of ImageNet (data.preset)."
+        )
+        return Preprocessing(3, side, side, IMAGENET_MEAN, IMAGENET_STD, config.max_pixels, resize=resize), note
     channels = config.channels or 3
     mean, std = (0.0,) * channels, (1.0,) * channels
     if config.image_size:

@@ -57,23 +57,45 @@ def is_image_name(name: str) -> bool:
 def read_image(path: Path | str, preprocessing: Preprocessing) -> Tensor:
     """Return one image as uint8 pixels of shape (C, H, W).
 
-    It is turned upright (EXIF), laid on white where it is transparent, scaled so that it just covers H x W (bilinear,
-    antialiased) and cropped in the centre; where it has that size already, its pixels are untouched. 16-bit pixels
-    keep their upper 8 bits. Of an animation, the first frame is read.
+    It is turned upright (EXIF), laid on white where it is transparent, scaled (bilinear, antialiased) and cropped in
+    the centre. It is scaled so that it just covers H x W, and where it has that size already its pixels are untouched;
+    or, where the preprocessing says so, so that its short side is ``resize``. 16-bit pixels keep their upper 8 bits. Of
+    an animation, the first frame is read.
 
     Args:
         path: A regular file: JPEG, PNG, WebP, GIF, BMP or TIFF, whatever its suffix.
         preprocessing: Channels, size and pixel limit; the statistics are not used here.
 
     Raises:
-        DataError: It is no such file, is damaged or too large, or its pixels have no defined range.
+        DataError: It is no such file, is damaged or too large, or its pixels have no defined range; or the model
+            takes no image files.
     """
+    _check_takes_files(preprocessing, path)
     with _opened(Path(path), preprocessing.max_pixels) as image:
         # A large photograph is decoded at 1/2, 1/4 or 1/8 while that leaves twice the size needed.
-        side = 2 * max(preprocessing.height, preprocessing.width)
+        side = 2 * max(preprocessing.resize, preprocessing.height, preprocessing.width)
         image.draft(None, (side, side))
         ImageOps.exif_transpose(image, in_place=True)
         return _to_tensor(_on_white(_fitted(_eight_bits(image), preprocessing)), preprocessing.channels)
+
+
+def pillow_pixels(image: Image.Image, preprocessing: Preprocessing | None, channels: int) -> Tensor:
+    """Return uint8 pixels (C, H, W) of an image in memory, by the rules of `read_image`.
+
+    Args:
+        image: Any image of Pillow's.
+        preprocessing: The size to scale to; None leaves it as it is.
+        channels: 1 or 3; 0 makes a grey image 1 and any other 3.
+
+    Raises:
+        DataError: Its pixels have no defined range.
+    """
+    try:
+        eight = _eight_bits(ImageOps.exif_transpose(image))
+    except ValueError as error:
+        raise DataError("cannot use the image", hint=str(error)) from error
+    whole = _on_white(eight if preprocessing is None else _fitted(eight, preprocessing))
+    return _to_tensor(whole, channels or (1 if whole.mode == "L" else 3))
 
 
 def image_size(path: Path | str, *, max_pixels: int) -> tuple[int, int]:
@@ -166,6 +188,17 @@ def _below(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
             yield path
 
 
+def _check_takes_files(preprocessing: Preprocessing, path: Path | str) -> None:
+    """Raise DataError where the model was trained on arrays that no image file can hold."""
+    if preprocessing.pixel_scale == 1:
+        what = "the model was trained on floating-point arrays, not image files"
+    elif preprocessing.channels not in (1, 3):
+        what = f"cannot read image files with {preprocessing.channels} channels"
+    else:
+        return
+    raise DataError(what, where=path, hint="give the model arrays from Python")
+
+
 @contextmanager
 def _opened(path: Path, max_pixels: int) -> Iterator[ImageFile]:
     """Open an image by its header; whatever goes wrong then or in the ``with`` block becomes one DataError."""
@@ -238,10 +271,34 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 
 def _fitted(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Return the image scaled to cover (width, height), centre-cropped; untouched where it has that size."""
+    """Return the image scaled and cropped in the centre to (width, height)."""
     size = (preprocessing.width, preprocessing.height)
+    if preprocessing.resize:
+        return _centre_of_resized(image, preprocessing.resize, size)
     # `fit` crops before it scales, so an image of 1 x 50,000,000 pixels does not grow.
     return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+
+
+def _centre_of_resized(image: Image.Image, resize: int, size: tuple[int, int]) -> Image.Image:
+    """Return the central (width, height) of the image scaled to a short side of ``resize``, as torchvision takes it.
+
+    Only that part is scaled, from the pixels that it needs, so an image of 1 x 50,000,000 pixels does not grow.
+    """
+    short = min(image.size)
+    part: list[int] = []
+    box: list[float] = []
+    for side, target in zip(image.size, size, strict=True):
+        scaled = resize * side // short
+        first = round((scaled - target) / 2)
+        start, stop = first * side / scaled, (first + target) * side / scaled
+        margin = math.ceil(max(side / scaled, 1)) + 1  # as far as the bilinear filter reaches
+        low, high = max(0, math.floor(start) - margin), min(side, math.ceil(stop) + margin)
+        part += [low, high]
+        # From the corner of the part: Pillow's box is float32, which cannot point to one pixel of 50,000,000.
+        box += [start - low, min(stop, side) - low]
+    left, right, top, bottom = part
+    near = image if (right - left, bottom - top) == image.size else image.crop((left, top, right, bottom))
+    return near.resize(size, Image.Resampling.BILINEAR, box=(box[0], box[2], box[1], box[3]))
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from bayesnet.config import build_section
 from bayesnet.errors import ConfigError
-from bayesnet.inference import deterministic, mean_field
+from bayesnet.inference import deterministic, guide, mean_field
 from bayesnet.inference.base import Family, FamilyConfig, Parts, Posterior
 from bayesnet.registry import Registry
 
@@ -15,6 +15,7 @@ FAMILIES: Registry[Family] = Registry(
     {
         "deterministic": deterministic.FAMILY,
         "mean_field": mean_field.FAMILY,
+        "guide": guide.FAMILY,
     },
 )
 

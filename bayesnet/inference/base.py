@@ -17,11 +17,15 @@ from torch import Tensor, nn
 
 from bayesnet.backbones import num_features
 from bayesnet.inference.draw_table import TABLE_SIZE, normal_table, table_prefix
-from bayesnet.model import BayesianClassifier, linear_logits
+from bayesnet.model import BayesianClassifier, BayesianHead, linear_logits
 from bayesnet.types import LogitGaussian, Loss
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Pairs of normalised images (B, C, H, W) and labels (B,)."""
+
+GuideFactory = Callable[[BayesianHead], object]
+"""From the head's Pyro program to a Pyro guide over its site "weight": an automatic guide's class, or a function that
+returns a PyroModule or a plain Pyro function."""
 
 
 class Parts(NamedTuple):
@@ -31,13 +35,15 @@ class Parts(NamedTuple):
         backbone: Images (B, C, H, W) to features (B, D), with ``num_features``.
         num_classes: K.
         num_examples: N, the size of the training set.
-        table_seed: Seed of the fixed table of draws that predictions use.
+        table_seed: Seed of the fixed draws that predictions use.
+        guide: The caller's own guide, for the family "guide" alone.
     """
 
     backbone: nn.Module
     num_classes: int
     num_examples: int
     table_seed: int = 0
+    guide: GuideFactory | None = None
 
     @property
     def num_features(self) -> int:
@@ -84,32 +90,38 @@ class Posterior(nn.Module, ABC):
         """Return the posterior standard deviations of the weights, any shape, or None for a point estimate."""
         return None
 
+    @property
+    def kl_is_exact(self) -> bool:
+        """Whether the KL of `loss` is closed form; otherwise it is a one-draw estimate, different in every call."""
+        return True
+
 
 class Head(Protocol):
     """A distribution over the last layer alone."""
 
+    def sample(self, num_samples: int) -> Tensor:
+        """Return joint draws of the weight (S, K, D + 1), bias last, from torch's random state."""
+
+
+class GaussianHead(Head, Protocol):
+    """A Gaussian over the last layer alone."""
+
     def logit_moments(self, features_BD: Tensor) -> LogitGaussian:
         """Return the exact Gaussian of each image's logits."""
 
-    def sample(self, num_samples: int) -> Tensor:
-        """Return joint draws of the weight (S, K, D + 1), bias last."""
-
 
 class HeadPosterior(Posterior):
-    """A Gaussian posterior over the last layer: one backbone pass, then everything is closed form or cheap.
+    """A posterior over the last layer: one backbone pass, then only the head is drawn.
 
     Args:
         model: The generative model, backbone and head.
-        rank: R, columns of the low-rank factor in the logits' Gaussian.
-        table_seed: Seed of the fixed table of draws.
     """
 
-    def __init__(self, model: BayesianClassifier, *, rank: int, table_seed: int) -> None:
+    def __init__(self, model: BayesianClassifier) -> None:
         super().__init__()
         self.model = model
         self.num_classes = model.head.num_classes
         self.num_examples = model.head.num_examples
-        self.register_buffer("table_SE", normal_table(TABLE_SIZE, self.num_classes + rank, seed=table_seed))
 
     @property
     @abstractmethod
@@ -134,8 +146,31 @@ class HeadPosterior(Posterior):
         return linear_logits(self.features(x_BCHW), self.head.sample(num_samples))
 
     def predict_draws(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
-        """Return marginal draws of the logits (S, B, K) from one backbone pass and the fixed table."""
+        """Return draws of the logits (S, B, K) from one backbone pass, the same in every call."""
         return self.draws_from_features(self.features(x_BCHW), num_samples)
+
+    @abstractmethod
+    def draws_from_features(self, features_BD: Tensor, num_samples: int) -> Tensor:
+        """Return what `predict_draws` returns for images with these features (B, D)."""
+
+
+class GaussianHeadPosterior(HeadPosterior):
+    """A Gaussian posterior over the last layer: predictions are closed form and a fixed table of draws.
+
+    Args:
+        model: The generative model, backbone and head.
+        rank: R, columns of the low-rank factor in the logits' Gaussian.
+        table_seed: Seed of the fixed table of draws.
+    """
+
+    def __init__(self, model: BayesianClassifier, *, rank: int, table_seed: int) -> None:
+        super().__init__(model)
+        self.register_buffer("table_SE", normal_table(TABLE_SIZE, self.num_classes + rank, seed=table_seed))
+
+    @property
+    @abstractmethod
+    def head(self) -> GaussianHead:
+        """The Gaussian over the last layer."""
 
     def draws_from_features(self, features_BD: Tensor, num_samples: int) -> Tensor:
         """Return ``mean + scale * e + factor @ e'`` with (e, e') the first rows of the table: (S, B, K).

@@ -1,10 +1,11 @@
 r"""Mean-field Gaussian posterior over the last layer, trained by stochastic variational inference.
 
-    q(w) = prod_kd Normal(w_kd | m_kd, s_kd^2),    prior p(w) = prod_kd Normal(0, prior_scale^2)
-    KL(q || p) = sum_kd [ log(p_kd / s_kd) + (s_kd^2 + m_kd^2) / (2 p_kd^2) - 1/2 ]   nats
+    q(w) = prod_kd Normal(w_kd | m_kd, s_kd^2),    prior p(w) = prod_kd Normal(0, prior_scale^2), Laplace or Student-t
+    KL(q || p) = sum_kd [ log(p_kd / s_kd) + (s_kd^2 + m_kd^2) / (2 p_kd^2) - 1/2 ]   nats, for the normal prior
     logits of an image with features f: independent Normal(m [f; 1], s^2 [f^2; 1])
 
 Assumptions: weights independent a posteriori; the backbone is a point estimate, trained jointly on the same bound.
+The KL from a Laplace prior is closed form too; that from a Student-t is log q - log p of one draw, and labelled so.
 Cost: 2 x K x (D + 1) parameters, one more (B, D) x (D, K) product per step than the twin.
 Reference: Graves 2011, "Practical variational inference for neural networks"; local reparameterisation by Kingma et al.
 2015, arXiv:1506.02557.
@@ -24,9 +25,9 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from bayesnet.config import require
-from bayesnet.elbo import local_loss, weight_space_loss
-from bayesnet.inference.base import Family, HeadPosterior, Parts, Posterior, no_finalize
-from bayesnet.model import WEIGHT, BayesianClassifier
+from bayesnet.elbo import closed_form_divergence, divergence_or_draw, local_loss, weight_space_loss
+from bayesnet.inference.base import Family, GaussianHeadPosterior, Parts, Posterior, no_finalize
+from bayesnet.model import WEIGHT, BayesianClassifier, PriorName
 from bayesnet.types import LogitGaussian, Loss
 
 
@@ -36,13 +37,15 @@ class MeanFieldConfig:
 
     Attributes:
         family: The name, "mean_field".
-        prior_scale: Prior standard deviation of the weights.
-        prior_bias_scale: Prior standard deviation of the biases.
-        initial_scale: Posterior standard deviation at the start, as a fraction of the prior's.
+        prior: "normal", "laplace" or "student_t" (4 degrees of freedom).
+        prior_scale: Prior scale of the weights: the standard deviation of the normal prior.
+        prior_bias_scale: Prior scale of the biases.
+        initial_scale: Posterior standard deviation at the start, as a fraction of the prior's scale.
         estimator: "local" samples logits per image, "weight" one weight per batch; same mean.
     """
 
     family: str = "mean_field"
+    prior: PriorName = "normal"
     prior_scale: float = 1.0
     prior_bias_scale: float = 1.0
     initial_scale: float = 0.2
@@ -70,8 +73,13 @@ class MeanFieldGuide(PyroModule):
 
     def forward(self, features_BD: Tensor, y_B: Tensor | None = None) -> Tensor:
         """Run the guide as a Pyro program; return the sampled weight (K, D + 1)."""
-        weight_KD: Tensor = pyro.sample(WEIGHT, dist.Normal(self.loc, self.log_scale.exp()).to_event(2))
+        weight_KD: Tensor = pyro.sample(WEIGHT, self.distribution())
         return weight_KD
+
+    def distribution(self) -> dist.TorchDistribution:
+        """Return q(w), event shape (K, D + 1)."""
+        normal: dist.TorchDistribution = dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(2)
+        return normal
 
     def logit_moments(self, features_BD: Tensor) -> LogitGaussian:
         """Return mean and standard deviation (B, K) of the logits; the factor has rank 0."""
@@ -91,7 +99,7 @@ class MeanFieldGuide(PyroModule):
         return 0.5 * ((2 * log_ratio_KD).exp() + (self.loc / prior_scale_KD).square() - 1 - 2 * log_ratio_KD).sum()
 
 
-class MeanField(HeadPosterior):
+class MeanField(GaussianHeadPosterior):
     """Backbone, generative head and mean-field guide.
 
     Args:
@@ -106,10 +114,12 @@ class MeanField(HeadPosterior):
             parts.num_examples,
             prior_scale=config.prior_scale,
             prior_bias_scale=config.prior_bias_scale,
+            prior=config.prior,
         )
         super().__init__(model, rank=0, table_seed=parts.table_seed)
         self.guide = MeanFieldGuide(model.head.prior_scale, config.initial_scale)
         self.estimator = config.estimator
+        self.prior_is_normal = config.prior == "normal"
 
     @property
     def head(self) -> MeanFieldGuide:
@@ -120,8 +130,18 @@ class MeanField(HeadPosterior):
         """Return the negative ELBO per example by the chosen estimator."""
         if self.estimator == "weight":
             return weight_space_loss(self.model.head, self.guide, features_BD, y, self.num_examples)
-        kl = self.guide.kl(self.model.head.prior_scale)
-        return local_loss(self.guide.logit_moments(features_BD), y, kl, self.num_examples)
+        return local_loss(self.guide.logit_moments(features_BD), y, self.kl(), self.num_examples)
+
+    def kl(self) -> Tensor:
+        """Return the divergence from the prior, nats: closed form where there is one, or else of one draw."""
+        if self.prior_is_normal:
+            return self.guide.kl(self.model.head.prior_scale)
+        return divergence_or_draw(self.guide.distribution(), self.model.head.prior())
+
+    @property
+    def kl_is_exact(self) -> bool:
+        """Whether the KL from the prior is closed form."""
+        return closed_form_divergence(self.guide.distribution(), self.model.head.prior()) is not None
 
     def variational_parameters(self) -> Sequence[nn.Parameter]:
         """Return the guide's parameters."""

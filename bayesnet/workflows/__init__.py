@@ -7,7 +7,20 @@ from bayesnet.workflows.calibrating import calibrate
 from bayesnet.workflows.comparing import compare
 from bayesnet.workflows.environment import doctor
 from bayesnet.workflows.fitting import TrainListener
+from bayesnet.workflows.listing import list_backbones, list_datasets, list_families
 from bayesnet.workflows.predicting import ImageClassifier, predict
 from bayesnet.workflows.training_run import train
 
-__all__ = ["ImageClassifier", "TrainListener", "bench", "calibrate", "compare", "doctor", "predict", "train"]
+__all__ = [
+    "ImageClassifier",
+    "TrainListener",
+    "bench",
+    "calibrate",
+    "compare",
+    "doctor",
+    "list_backbones",
+    "list_datasets",
+    "list_families",
+    "predict",
+    "train",
+]

@@ -23,7 +23,9 @@ from bayesnet.report import CalibrationReport, calibration_report
 from bayesnet.rundir import RunDirectory, find_run
 from bayesnet.types import JsonObject
 from bayesnet.workflows.trained import (
+    NO_USER_CODE,
     TrainedModel,
+    UserCode,
     load_model,
     read_data,
     read_finished,
@@ -51,7 +53,14 @@ class _Tested(NamedTuple):
     after: NDArray[np.float64]
 
 
-def calibrate(run: str | Path | None = None, *, alpha: float = 0.1, devices: str = "auto") -> JsonObject:
+def calibrate(
+    run: str | Path | None = None,
+    *,
+    alpha: float = 0.1,
+    devices: str = "auto",
+    data: ImageData | None = None,
+    user: UserCode = NO_USER_CODE,
+) -> JsonObject:
     """Calibrate the models of a run and say, with error bars, what it changed and which model is better.
 
     The calibration split is halved by seed: half A fits the temperature, half B sets the conformal threshold; only then
@@ -61,6 +70,8 @@ def calibrate(run: str | Path | None = None, *, alpha: float = 0.1, devices: str
         run: A run directory; the newest finished one by default.
         alpha: 1 - alpha is the nominal coverage of the conformal sets.
         devices: "auto", "cpu", "cuda:0".
+        data: The run's data, where they were given from Python.
+        user: The run's own code, where it was given from Python.
 
     Returns:
         ``run``, ``models`` (each ``before``, ``after``, ``temperature``, ``conformal``), ``conformal`` of the Bayesian
@@ -75,8 +86,8 @@ def calibrate(run: str | Path | None = None, *, alpha: float = 0.1, devices: str
         settings = read_settings(directory)
         names = trained_names(read_finished(directory), directory.path)
         engine = Engine.for_one(devices)
-        models = {name: load_model(directory, name) for name in names}
-        data = read_data(directory, settings, models[names[0]].preprocessing)
+        models = {name: load_model(directory, name, user) for name in names}
+        data = read_data(directory, settings, models[names[0]].preprocessing, data)
         if len(data.calibration) < 2:
             raise DataError("the calibration split has fewer than 2 images", where=data.spec, hint="add some")
         frozen = {name: _freeze(model, data, engine, alpha, settings.data.seed) for name, model in models.items()}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from bayesnet import storage, strict_json
+from bayesnet.batches import TrainingData
 from bayesnet.checkpoint import Checkpoint, newest_checkpoint
 from bayesnet.data import ImageData
 from bayesnet.data.augment import Augmentation
+from bayesnet.data.sampling import effective_size
 from bayesnet.engine import Engine
 from bayesnet.errors import CheckpointError
 from bayesnet.inference.base import Posterior
@@ -16,10 +19,10 @@ from bayesnet.predictive import Predictor
 from bayesnet.progress import EpochReport, FitResult, Progress
 from bayesnet.rundir import RunDirectory
 from bayesnet.settings import Settings
-from bayesnet.training import Listener, TrainingData, fit
+from bayesnet.training import Listener, fit
 from bayesnet.types import JsonObject
 from bayesnet.workflows.environment import versions
-from bayesnet.workflows.trained import new_posterior
+from bayesnet.workflows.trained import NO_USER_CODE, UserCode, new_posterior
 
 
 class TrainListener(Listener):
@@ -40,6 +43,7 @@ class RunContext(NamedTuple):
     engine: Engine
     listener: TrainListener
     stop_signal: Callable[[], int | None]
+    user: UserCode = NO_USER_CODE
 
 
 class _Recorder(Listener):
@@ -57,34 +61,43 @@ class _Recorder(Listener):
         self.run.append_metrics(_metrics_line(self.name, report))
         self.listener.on_epoch(report, num_epochs)
 
+    def on_fitted(self, num_epochs: int) -> None:
+        """Pass it on."""
+        self.listener.on_fitted(num_epochs)
 
-def fit_model(name: str, settings: Settings, context: RunContext) -> FitResult:
+
+def fit_model(name: str, settings: Settings, context: RunContext, *, profile: Path | None = None) -> FitResult:
     """Train one model of a run, going on where its newest valid checkpoint stands.
 
     Args:
         name: "deterministic" or "bayesian".
         settings: Of this model.
         context: Of the run.
+        profile: File for a trace of a few steps.
 
     Raises:
         CheckpointError: The checkpoint to go on from belongs to other settings or data.
         DivergedError: See `bayesnet.training.fit`.
         InterruptedRunError: A signal arrived; the checkpoint is committed.
     """
-    run, data, engine, listener, stop_signal = context
+    run, data, engine, listener, stop_signal, user = context
     directory = run.model_checkpoints(name)
     checkpoint, rejected = newest_checkpoint(directory)
     for reason in rejected:
         listener.on_note(reason)
-    metadata = _metadata(name, settings, data)
+    num_examples = effective_size(data.train.labels_N, balanced=settings.training.balanced)
+    metadata = _metadata(name, settings, data, num_examples)
     if checkpoint is not None:
         _check_same_run(checkpoint, metadata)
         _restore_metrics(run, name, Progress.from_json(checkpoint.state.get("progress", {})))
     listener.on_model(name, settings.inference.family)
-    augmentation = Augmentation(crop_padding=settings.data.crop_padding, flip=settings.data.flip)
+    augmentation = Augmentation.from_config(settings.data)
+    augmentation.check(data.preprocessing)
     return fit(
-        new_posterior(settings, data.preprocessing, len(data.classes), len(data.train)),
-        TrainingData(data.train, data.preprocessing, augmentation),
+        new_posterior(
+            settings, data.preprocessing, len(data.classes), num_examples, user, load_weights=checkpoint is None
+        ),
+        TrainingData(data.train, data.preprocessing, augmentation, settings.data.workers),
         _validator(settings, data, engine),
         directory,
         engine=engine,
@@ -94,17 +107,19 @@ def fit_model(name: str, settings: Settings, context: RunContext) -> FitResult:
         resume=checkpoint,
         listener=_Recorder(run, name, listener),
         stop_signal=stop_signal,
+        optimizer_factory=user.optimizer,
+        profile=profile,
     )
 
 
-def _metadata(name: str, settings: Settings, data: ImageData) -> JsonObject:
+def _metadata(name: str, settings: Settings, data: ImageData, num_examples: int) -> JsonObject:
     """Return what every checkpoint says of itself: all that is needed to use it without the rest of the run."""
     return {
         "model": name,
         "settings": settings.to_mapping(),
         "classes": list(data.classes),
         "preprocessing": data.preprocessing.to_json(),
-        "num_examples": len(data.train),
+        "num_examples": num_examples,
         "fingerprint": data.fingerprint,
         "versions": versions(),
     }
@@ -139,6 +154,7 @@ def _validator(settings: Settings, data: ImageData, engine: Engine) -> Callable[
             engine=engine,
             num_samples=settings.predict.samples,
             chunk_size=settings.predict.chunk_size,
+            workers=settings.data.workers,
         )
         return predictor.mean_nll(data.validation)
 

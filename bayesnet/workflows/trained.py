@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from bayesnet.backbones import build_backbone
 from bayesnet.calibration import Calibrator, calibrator_from_json
 from bayesnet.checkpoint import load_checkpoint, step_name
 from bayesnet.config import read_toml
-from bayesnet.data import ImageData, Preprocessing, load_data
+from bayesnet.data import DataConfig, ImageData, Preprocessing, load_data
 from bayesnet.engine import Engine
 from bayesnet.errors import BayesnetError, CheckpointError, ConfigError, DataError
 from bayesnet.inference import FAMILIES, build_posterior
-from bayesnet.inference.base import Parts, Posterior
+from bayesnet.inference.base import GuideFactory, Parts, Posterior
 from bayesnet.metrics import METRICS
+from bayesnet.optim import OptimizerFactory
 from bayesnet.predictive import Predictor
 from bayesnet.rundir import RunDirectory
 from bayesnet.settings import Settings, build_settings
@@ -29,8 +31,28 @@ MODEL_NAMES = ("deterministic", "bayesian")
 EVALUATION = (*METRICS, "num_test", "ci95")
 """What every evaluation on the test split holds, before and after calibration."""
 
+PYTHON_DATA = "python"
+"""The spec of data that were given from Python."""
+
 _DATA_KEYS = ("name", "classes", "num_train", "num_validation", "num_calibration", "num_test")
 _FIT_KEYS = ("family", "step", "digest", "train_nll", "kl", "kl_per_example", "posterior_scale", "seconds")
+
+
+class UserCode(NamedTuple):
+    """What a caller gives from Python: code, which no file of a run holds.
+
+    Attributes:
+        backbone: A module from images (B, C, H, W) to features (B, D), for ``backbone.name = "custom"``; copied.
+        guide: A function from the head's Pyro program to a guide, for ``inference.guide = "custom"``.
+        optimizer: Makes the optimizer of the parameters that are not variational.
+    """
+
+    backbone: nn.Module | None = None
+    guide: GuideFactory | None = None
+    optimizer: OptimizerFactory | None = None
+
+
+NO_USER_CODE = UserCode()
 
 
 class TrainedModel(NamedTuple):
@@ -65,6 +87,7 @@ class TrainedModel(NamedTuple):
             num_samples=num_samples or self.settings.predict.samples,
             chunk_size=self.settings.predict.chunk_size,
             calibrator=calibrator,
+            workers=self.settings.data.workers,
         )
 
 
@@ -73,13 +96,37 @@ def model_name(settings: Settings) -> str:
     return "bayesian" if FAMILIES[settings.inference.family].bayesian else "deterministic"
 
 
-def new_posterior(settings: Settings, preprocessing: Preprocessing, num_classes: int, num_examples: int) -> Posterior:
-    """Return an untrained posterior, initialised from ``training.seed``; the caller's random state is left alone."""
+def new_posterior(
+    settings: Settings,
+    preprocessing: Preprocessing,
+    num_classes: int,
+    num_examples: int,
+    user: UserCode = NO_USER_CODE,
+    *,
+    load_weights: bool = True,
+) -> Posterior:
+    """Return an untrained posterior, initialised from ``training.seed``; the caller's random state is left alone.
+
+    Args:
+        settings: Of the model.
+        preprocessing: Says the size of its input.
+        num_classes: K.
+        num_examples: N of KL / N.
+        user: The caller's own backbone and guide, where the settings name them.
+        load_weights: Whether to read the backbone's pretrained weights; False where a checkpoint holds all of them.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.training.seed)
         channels, height, width = preprocessing.shape
-        backbone = build_backbone(settings.backbone, channels=channels, height=height, width=width)
-        parts = Parts(backbone, num_classes, num_examples, table_seed=settings.training.seed)
+        backbone = build_backbone(
+            settings.backbone,
+            channels=channels,
+            height=height,
+            width=width,
+            module=user.backbone,
+            load_weights=load_weights,
+        )
+        parts = Parts(backbone, num_classes, num_examples, table_seed=settings.training.seed, guide=user.guide)
         return build_posterior(parts, settings.inference)
 
 
@@ -95,16 +142,36 @@ def read_settings(run: RunDirectory) -> Settings:
         raise CheckpointError("the run's configuration is not valid", where=run.config, hint=str(error)) from error
 
 
-def read_data(run: RunDirectory, settings: Settings, preprocessing: Preprocessing) -> ImageData:
+def read_data(
+    run: RunDirectory, settings: Settings, preprocessing: Preprocessing, given: ImageData | None = None
+) -> ImageData:
     """Return the data set of a run, made sure to be the one that it was trained on, preprocessed as it was then.
+
+    Args:
+        run: The run.
+        settings: Its settings.
+        preprocessing: Of its models.
+        given: The data, where they were given from Python.
 
     Raises:
         DataError: The data set is gone, unreadable, or not what it was.
     """
-    data = load_data(settings.data, preprocessing)
+    data = given or load_again(settings.data, preprocessing)
     if data.fingerprint != run.read_summary().get("fingerprint"):
         raise DataError("the data set has changed since training", where=data.spec, hint="restore it, or train again")
     return data
+
+
+def load_again(config: DataConfig, preprocessing: Preprocessing | None = None) -> ImageData:
+    """Return the data that a run's settings name.
+
+    Raises:
+        DataError: They were given from Python; no file says what they are.
+    """
+    if config.spec == PYTHON_DATA:
+        hint = "go on in Python: BayesNetClassifier, or workflows with data=..."
+        raise DataError("the run's data were given from Python", where=config.spec, hint=hint)
+    return load_data(config, preprocessing)
 
 
 def trained_names(summary: JsonObject, where: Path) -> tuple[str, ...]:
@@ -147,11 +214,16 @@ def read_finished(run: RunDirectory) -> JsonObject:
     return summary
 
 
-def load_model(run: RunDirectory, name: str) -> TrainedModel:
+def load_model(run: RunDirectory, name: str, user: UserCode = NO_USER_CODE) -> TrainedModel:
     """Return a model of a finished run.
 
     Its checkpoint must be the one that the run's summary names, byte for byte. Settings, classes and preprocessing come
     from inside it, and classes.json must agree.
+
+    Args:
+        run: The run.
+        name: "deterministic" or "bayesian".
+        user: The code that it was trained with where that was the caller's own.
 
     Raises:
         CheckpointError: Something is missing, damaged, tampered with, or does not fit together.
@@ -169,7 +241,8 @@ def load_model(run: RunDirectory, name: str) -> TrainedModel:
         preprocessing = Preprocessing.from_json(state["preprocessing"])
         classes = tuple(str(entry) for entry in state["classes"])
         num_examples = int(state["num_examples"])
-        posterior = new_posterior(settings, preprocessing, len(classes), num_examples)
+        check_user_code(settings, user, run.path)
+        posterior = new_posterior(settings, preprocessing, len(classes), num_examples, user, load_weights=False)
     except CheckpointError:
         raise
     except (BayesnetError, KeyError, TypeError, ValueError) as error:
@@ -178,6 +251,15 @@ def load_model(run: RunDirectory, name: str) -> TrainedModel:
         raise CheckpointError("classes.json differs from the checkpoint's classes", where=run.classes)
     restore_model(posterior, checkpoint)
     return TrainedModel(name, settings, posterior.eval(), preprocessing, classes, checkpoint.digest, num_examples)
+
+
+def check_user_code(settings: Settings, user: UserCode, path: Path) -> None:
+    """Raise CheckpointError where a run was trained with code of the caller's that is not given."""
+    hint = "use bayesnet.load(run, backbone=..., guide=...) in Python"
+    if settings.backbone.name == "custom" and user.backbone is None:
+        raise CheckpointError("the run's backbone is its author's own module", where=path, hint=hint)
+    if getattr(settings.inference, "guide", None) == "custom" and user.guide is None:
+        raise CheckpointError("the run's guide is its author's own", where=path, hint=hint)
 
 
 def record_calibrator(run: RunDirectory, record: JsonObject) -> Calibrator:

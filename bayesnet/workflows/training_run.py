@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import tomli_w
 import torch
@@ -14,6 +15,7 @@ from bayesnet import metrics
 from bayesnet.checkpoint import checkpoint_digest
 from bayesnet.data import ImageData, load_data
 from bayesnet.data.images import write_png
+from bayesnet.data.sampling import effective_size
 from bayesnet.engine import Engine
 from bayesnet.errors import ConfigError, DataError, InterruptedRunError, StopRequest
 from bayesnet.progress import FitResult
@@ -22,9 +24,20 @@ from bayesnet.settings import Settings, resolve_settings
 from bayesnet.types import JsonObject
 from bayesnet.workflows.environment import environment
 from bayesnet.workflows.fitting import RunContext, TrainListener, fit_model
-from bayesnet.workflows.trained import load_model, model_name, read_finished, read_settings, resume_command
+from bayesnet.workflows.trained import (
+    NO_USER_CODE,
+    UserCode,
+    check_user_code,
+    load_again,
+    load_model,
+    model_name,
+    read_finished,
+    read_settings,
+    resume_command,
+)
 
 NUM_EXAMPLE_IMAGES = 8
+FILE_DATASETS = ("folder",)
 
 
 def train(
@@ -38,8 +51,12 @@ def train(
     devices: str | None = None,
     config: str | None = None,
     overrides: Sequence[str] = (),
+    weights: str | None = None,
+    freeze: bool | None = None,
+    workers: int | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
+    profile: str | Path | None = None,
     listener: TrainListener | None = None,
     stop_signal: Callable[[], int | None] = lambda: None,
 ) -> JsonObject:
@@ -47,7 +64,7 @@ def train(
 
     Args:
         bayesian: Train the Bayesian model too, on the same data in the same order.
-        data: "digits" or "folder:PATH".
+        data: A registered name such as "digits", or "folder:PATH".
         family: Posterior family; implies ``bayesian``.
         backbone: Name of the feature extractor.
         epochs: Passes over the training split.
@@ -55,8 +72,13 @@ def train(
         devices: "auto", "cpu", "cuda:0".
         config: Recipe name or TOML file.
         overrides: Texts ``section.key=value``.
+        weights: Of the backbone: "none", "default" (the published ones) or a file.
+        freeze: Whether the backbone stays as it is.
+        workers: Processes that read images ahead.
         out: The run directory, new or empty; without it one is made under ./runs.
-        resume: A run directory to go on with; it brings its own settings, so only ``devices`` may be given beside it.
+        resume: A run directory to go on with; it brings its own settings, so only ``devices`` and ``profile`` may be
+            given beside it.
+        profile: File for a trace of a few steps of the last model, in Chrome's format.
         listener: Hears of progress.
         stop_signal: Asked after each step; a number ends the run with a committed checkpoint.
 
@@ -66,46 +88,101 @@ def train(
     Raises:
         BayesnetError: One of its children, for anything the caller can fix.
     """
-    listener = listener or TrainListener()
+    trace = None if profile is None else Path(profile)
     given: dict[str, dict[str, object]] = {
-        "backbone": {"name": backbone},
+        "backbone": {"name": backbone, "weights": weights, "freeze": freeze},
         "training": {"epochs": epochs, "seed": seed},
         "engine": {"devices": devices},
+        "data": {"workers": workers},
     }
     kept = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in given.items()}
     flags = {section: values for section, values in kept.items() if values}
     if resume is not None:
-        settled = (data, family, backbone, epochs, seed, config, out)
+        settled = (data, family, backbone, epochs, seed, config, out, weights, freeze, workers)
         if bayesian or overrides or any(value is not None for value in settled):
             raise ConfigError("--resume takes its settings from the run", where=resume, hint="give only --devices")
-        return _resume(Path(resume), devices, listener, stop_signal)
+        return resume_run(resume, devices=devices, profile=trace, listener=listener, stop_signal=stop_signal)
     settings = resolve_settings(
         config=config, data=data, family=family, bayesian=bayesian, overrides=overrides, flags=flags
     )
+    return start_run(settings, out=out, profile=trace, listener=listener, stop_signal=stop_signal)
+
+
+def start_run(
+    settings: Settings,
+    *,
+    data: ImageData | None = None,
+    user: UserCode = NO_USER_CODE,
+    out: str | Path | None = None,
+    profile: Path | None = None,
+    listener: TrainListener | None = None,
+    stop_signal: Callable[[], int | None] = lambda: None,
+) -> JsonObject:
+    """Train and evaluate what the settings describe, in a new run directory.
+
+    Args:
+        settings: All of them.
+        data: The data, where they are given from Python; else ``settings.data`` names them.
+        user: Backbone, guide and optimizer, where they are given from Python.
+        out: The run directory, new or empty; without it one is made under ./runs.
+        profile: File for a trace of a few steps of the last model.
+        listener: Hears of progress.
+        stop_signal: Asked after each step; a number ends the run with a committed checkpoint.
+
+    Returns:
+        The run's summary, as `train` does.
+
+    Raises:
+        BayesnetError: One of its children, for anything the caller can fix.
+    """
+    listener = listener or TrainListener()
     engine = Engine.for_one(settings.engine.devices)
-    image_data = _load(settings, listener)
+    settings = _with_preset(_with_absolute_root(settings), listener)
+    image_data = _verified(data or load_data(settings.data), listener)
     # An absolute path, so that later commands find the data from any directory.
     settings = replace(settings, data=replace(settings.data, spec=image_data.spec))
     run = RunDirectory.create(None if out is None else Path(out), f"{image_data.name}-{settings.inference.family}")
     try:
         with run.lock():
             _write_head(run, settings, image_data)
-            return _train(settings, RunContext(run, image_data, engine, listener, stop_signal))
+            return _train(settings, RunContext(run, image_data, engine, listener, stop_signal, user), profile)
     except BaseException:
         run.discard()
         raise
 
 
-def _resume(
-    path: Path, devices: str | None, listener: TrainListener, stop_signal: Callable[[], int | None]
+def resume_run(
+    path: str | Path,
+    *,
+    data: ImageData | None = None,
+    user: UserCode = NO_USER_CODE,
+    devices: str | None = None,
+    profile: Path | None = None,
+    listener: TrainListener | None = None,
+    stop_signal: Callable[[], int | None] = lambda: None,
 ) -> JsonObject:
-    """Go on with a run; a finished one gives its summary."""
-    run = RunDirectory.open(path)
+    """Go on with a run; a finished one gives its summary.
+
+    Args:
+        path: The run directory.
+        data: The run's data, where they were given from Python.
+        user: The run's own code, where it was given from Python.
+        devices: Other devices than the run began on.
+        profile: File for a trace of a few steps of the last model.
+        listener: Hears of progress.
+        stop_signal: Asked after each step; a number ends the run with a committed checkpoint.
+
+    Raises:
+        BayesnetError: The run is damaged, its data changed or its code is not given.
+    """
+    listener = listener or TrainListener()
+    run = RunDirectory.open(Path(path))
     if run.is_finished:
         summary = read_finished(run)
         listener.on_note(f"{run.path} is finished; nothing to do")
         return summary
     settings = read_settings(run)
+    check_user_code(settings, user, run.path)
     engine = Engine.for_one(devices or settings.engine.devices)
     threads = run.read_json(run.environment.name).get("threads")
     if threads != torch.get_num_threads():
@@ -113,16 +190,34 @@ def _resume(
             f"begun with {threads} threads, going on with {torch.get_num_threads()}: as good, but not bit-equal"
         )
     with run.lock():
-        image_data = _load(settings, listener)
+        image_data = _verified(data or load_again(settings.data), listener)
         if run.read_json(run.classes.name).get("fingerprint") != image_data.fingerprint:
             hint = "restore it, or train again"
             raise DataError("the data set has changed since the run began", where=image_data.spec, hint=hint)
-        return _train(settings, RunContext(run, image_data, engine, listener, stop_signal))
+        return _train(settings, RunContext(run, image_data, engine, listener, stop_signal, user), profile)
 
 
-def _load(settings: Settings, listener: TrainListener) -> ImageData:
-    """Return the data, every image that training will read proven readable, and tell what was decided for the user."""
-    data = load_data(settings.data)
+def _with_absolute_root(settings: Settings) -> Settings:
+    """Return the settings with an absolute ``data.root``, so that later commands find it from any directory."""
+    root = settings.data.root
+    absolute = str(Path(root).expanduser().absolute()) if root else ""
+    return replace(settings, data=replace(settings.data, root=absolute))
+
+
+def _with_preset(settings: Settings, listener: TrainListener) -> Settings:
+    """Return the settings with ``data.preset`` decided: ImageNet's where image files meet weights of others."""
+    if settings.data.preset != "auto":
+        return settings
+    takes_files = settings.data.spec.partition(":")[0] in FILE_DATASETS
+    expected = settings.backbone.weights != "none" and takes_files and not settings.data.image_size
+    preset: Literal["imagenet", "none"] = "imagenet" if expected else "none"
+    if expected:
+        listener.on_note("Images are prepared as the backbone's weights expect: data.preset=imagenet.")
+    return replace(settings, data=replace(settings.data, preset=preset))
+
+
+def _verified(data: ImageData, listener: TrainListener) -> ImageData:
+    """Return the data, every image that will be read proven readable, and tell what was decided for the user."""
     for note in data.notes:
         listener.on_note(note)
     for split in (data.train, data.validation, data.calibration, data.test):
@@ -130,7 +225,7 @@ def _load(settings: Settings, listener: TrainListener) -> ImageData:
     return data
 
 
-def _train(settings: Settings, context: RunContext) -> JsonObject:
+def _train(settings: Settings, context: RunContext, profile: Path | None) -> JsonObject:
     """Train and evaluate; where a signal ends it and a checkpoint is there, say how to go on.
 
     Raises:
@@ -138,7 +233,7 @@ def _train(settings: Settings, context: RunContext) -> JsonObject:
     """
     run = context.run
     try:
-        return _fit_and_evaluate(settings, context)
+        return _fit_and_evaluate(settings, context, profile)
     except (InterruptedRunError, StopRequest) as error:
         if not run.has_checkpoint:
             raise
@@ -146,12 +241,23 @@ def _train(settings: Settings, context: RunContext) -> JsonObject:
         raise InterruptedRunError(error.exit_code - 128, where=run.path, hint=hint) from None
 
 
-def _fit_and_evaluate(settings: Settings, context: RunContext) -> JsonObject:
+def _fit_and_evaluate(settings: Settings, context: RunContext, profile: Path | None) -> JsonObject:
     """Train the twin and, where the settings are Bayesian, the Bayesian model; evaluate both; finish the run."""
     started = time.perf_counter()
     run, data = context.run, context.data
-    variants = {model_name(each): each for each in (settings.twin(), settings)}
-    fits = {name: fit_model(name, variant, context) for name, variant in variants.items()}
+    chosen = (settings.twin(), settings) if settings.training.twin else (settings,)
+    variants = {model_name(each): each for each in chosen}
+    if settings.training.balanced:
+        size = effective_size(data.train.labels_N, balanced=True)
+        context.listener.on_note(
+            f"Every class is shown equally often: {len(data.train)} images count as {size}, and the classifier takes "
+            "the classes to be equally probable."
+        )
+    last = model_name(settings)
+    fits = {
+        name: fit_model(name, variant, context, profile=profile if name == last else None)
+        for name, variant in variants.items()
+    }
     models: JsonObject = {name: _fit_record(variants[name], result) for name, result in fits.items()}
     _write_example_images(run, data)
     summary: JsonObject = {
@@ -164,7 +270,9 @@ def _fit_and_evaluate(settings: Settings, context: RunContext) -> JsonObject:
     run.write_json(run.summary.name, summary)
     for name in models:
         # The test split is read here and nowhere before: everything that could be selected by it is frozen.
-        probabilities = load_model(run, name).predictor(context.engine).probabilities(data.test)
+        trained = load_model(run, name, context.user)
+        models[name]["kl_is_exact"] = trained.posterior.kl_is_exact
+        probabilities = trained.predictor(context.engine).probabilities(data.test)
         models[name] |= metrics.evaluate(probabilities, data.test.labels_N.numpy())
     summary["seconds"] = time.perf_counter() - started
     run.finish(summary)
@@ -180,8 +288,12 @@ def _write_head(run: RunDirectory, settings: Settings, data: ImageData) -> None:
 
 def _write_example_images(run: RunDirectory, data: ImageData) -> None:
     """Write a few test images where the data set has no files of its own, so that `predict` has something to read."""
-    if data.spec.startswith("folder:"):
-        return
+    if (
+        data.spec.startswith("folder:")
+        or data.preprocessing.pixel_scale != 255
+        or data.preprocessing.channels not in (1, 3)
+    ):
+        return  # there are files already, or no PNG file could hold the pixels
     folder = run.path / "examples"
     folder.mkdir(exist_ok=True)
     for index in range(min(NUM_EXAMPLE_IMAGES, len(data.test))):
@@ -213,5 +325,6 @@ def _fit_record(settings: Settings, result: FitResult) -> JsonObject:
         "kl": report.kl,
         "kl_per_example": report.kl_per_example,
         "posterior_scale": {"initial": result.initial_scale, "final": report.posterior_scale},
+        "epochs": len(result.reports),
         "seconds": result.reports[-1].seconds,
     }

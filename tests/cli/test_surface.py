@@ -18,11 +18,13 @@ RunCli = Callable[..., tuple[int, str, str]]
 
 SURFACE = {
     "": "--version --debug --help",
-    "train": "--bayesian --data --family --backbone --epochs --seed --devices --config --set --out --resume --json",
+    "train": "--bayesian --data --family --backbone --weights --freeze --epochs --seed --devices --workers --config "
+    "--set --out --resume --profile --json",
     "calibrate": "[RUN] --alpha --devices --json",
     "predict": "PATH... --run --model --interval --samples --devices --json",
     "bench": "[RUN] --devices --batch --samples --seconds --json",
     "compare": "RUN... --json",
+    "list": "WHAT [PATTERN] --json",
     "doctor": "--json",
 }
 
@@ -47,7 +49,8 @@ JSON_KEYS = {
     "train": """
         run fingerprint seconds finished finished_at
         data{ name num_train num_validation num_calibration num_test classes }
-        models{ NAME{ EVALUATION family epoch step digest validation_nll train_nll kl kl_per_example seconds
+        models{ NAME{ EVALUATION family epoch epochs step digest validation_nll train_nll kl kl_is_exact
+            kl_per_example seconds
             posterior_scale{ initial final } } }""",
     "calibrate": """
         run sentence report
@@ -63,6 +66,9 @@ JSON_KEYS = {
         source environment{ ENVIRONMENT } control{ ratio ci95 rows{ device phase ratio ci95 } }
         rows{ device phase model family batch samples images_per_second ms_median ms_p95 ci95 peak_memory_bytes
             ratio_to_deterministic ratio_ci95 }""",
+    "list": """
+        rows{ name description num_features parameters input_size accuracy }
+        collections{ name description num_names }""",
     "compare": "same_test_split rows{ run data model family seed calibrated metrics{ EVALUATED } }",
     "doctor": "ENVIRONMENT ok checks{ name ok found advice exit_code }",
 }
@@ -128,6 +134,7 @@ def test_json_keys(run_cli: RunCli, calibrated_copy: Path, name: str) -> None:
         "train": "train --resume {run} --json",
         "predict": "predict {run}/examples --run {run} --json",
         "bench": "bench {run} --seconds 0.1 --devices cpu --json",
+        "list": "list backbones --json",
         "doctor": "doctor --json",
     }
     code, out, _ = run_cli(lines.get(name, f"{name} {{run}} --json"), run=calibrated_copy)

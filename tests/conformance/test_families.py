@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.nn import PyroModule, PyroParam
+from torch import nn
 
-from bayesnet.inference import FAMILIES, mean_field
-from bayesnet.inference.base import Family, Parts, Posterior
+from bayesnet.inference import FAMILIES, guide, mean_field
+from bayesnet.inference.base import Family, GuideFactory, Parts, Posterior
+from bayesnet.inference.guide import GuideConfig, GuidePosterior
 from bayesnet.inference.mean_field import MeanField, MeanFieldConfig
+from bayesnet.model import WEIGHT, BayesianHead, PriorName
 from bayesnet.testing import (
     CHECKS,
     check_batches_add_up,
@@ -35,6 +42,81 @@ def test_family_conforms(name: str, check: Check) -> None:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_the_weight_estimator_conforms(check: Check) -> None:
     check(_mean_field(lambda parts, config: MeanField(parts, _with_weight_estimator(config))))
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("prior", ["laplace", "student_t"])
+def test_heavy_tailed_priors_conform(prior: PriorName, check: Check) -> None:
+    check(_mean_field(lambda parts, config: MeanField(parts, dataclasses.replace(config, prior=prior))))
+
+
+class ModuleGuide(PyroModule):
+    """A guide written by hand as a module."""
+
+    scale: torch.Tensor
+
+    def __init__(self, head: BayesianHead, initial_scale: float) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros_like(head.prior_scale))
+        self.scale = PyroParam(initial_scale * head.prior_scale, constraint=dist.constraints.positive)  # type: ignore[assignment]
+
+    def forward(self, features_BD: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        pyro.sample(WEIGHT, dist.Normal(self.loc, self.scale).to_event(2))
+
+
+def function_guide(shape: torch.Size, initial_scale: float) -> Callable[..., None]:
+    """Return a guide written by hand as a function, its parameters in Pyro's store."""
+
+    def run(features_BD: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        loc = pyro.param("loc", lambda: 0.1 * torch.randn(shape))
+        scale = pyro.param("scale", torch.full(shape, initial_scale), constraint=dist.constraints.positive)
+        pyro.sample(WEIGHT, dist.Normal(loc, scale).to_event(2))
+
+    return run
+
+
+def _own_guide(factory: Callable[[float], GuideFactory]) -> Callable[[Parts, GuideConfig], Posterior]:
+    def build(parts: Parts, config: GuideConfig) -> Posterior:
+        parts = parts._replace(guide=factory(config.initial_scale))
+        return GuidePosterior(parts, dataclasses.replace(config, guide="custom"))
+
+    return build
+
+
+GUIDES: dict[str, Callable[[Parts, GuideConfig], Posterior]] = {
+    "AutoMultivariateNormal": lambda parts, config: GuidePosterior(
+        parts, dataclasses.replace(config, guide="AutoMultivariateNormal")
+    ),
+    "module": _own_guide(lambda scale: lambda head: ModuleGuide(head, scale)),
+    "function": _own_guide(lambda scale: lambda head: function_guide(head.prior_scale.shape, scale)),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", list(GUIDES))
+def test_a_family_of_any_guide_conforms(name: str, check: Check) -> None:
+    check(guide.FAMILY._replace(build=GUIDES[name]))
+
+
+class OneDrawForAll(GuidePosterior):
+    """Predicts with one draw of the weight."""
+
+    def draws_from_features(self, features_BD: torch.Tensor, num_samples: int) -> torch.Tensor:
+        return super().draws_from_features(features_BD, num_samples)[:1].expand(num_samples, -1, -1)
+
+
+class NarrowDraws(GuidePosterior):
+    """Predicts with 0.7 of the scale."""
+
+    def draws_from_features(self, features_BD: torch.Tensor, num_samples: int) -> torch.Tensor:
+        draws_SBK = super().draws_from_features(features_BD, num_samples)
+        return draws_SBK.mean(0) + 0.7 * (draws_SBK - draws_SBK.mean(0))
+
+
+@pytest.mark.parametrize("planted", [OneDrawForAll, NarrowDraws])
+def test_planted_fault_of_a_head_without_moments_is_caught(planted: type[GuidePosterior]) -> None:
+    with pytest.raises(AssertionError, match="differ"):
+        check_draws_match_moments(guide.FAMILY._replace(build=planted))
 
 
 class KLPerBatch(MeanField):

@@ -82,5 +82,5 @@ def test_configuration_round_trip() -> None:
 
 
 def test_every_data_set_is_described() -> None:
-    assert list(DATASETS) == ["digits", "folder"]
+    assert list(DATASETS) == ["digits", "folder", "mnist5k", "cifar10", "cifar100", "mnist", "fashion_mnist", "svhn"]
     assert all(source.description for source in DATASETS.values())

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from bayesnet.data import examples as module
-from bayesnet.data.examples import ArrayExamples, Examples, FileExamples
+from bayesnet.data.examples import ArrayExamples, Examples, FileExamples, SubsetExamples
 from bayesnet.data.images import read_image
 from bayesnet.data.preprocessing import Preprocessing
 from bayesnet.errors import DataError
@@ -59,8 +59,8 @@ def test_array_examples() -> None:
 
 def test_wrong_arrays_are_refused() -> None:
     labels_N = torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(DataError, match=r"expected uint8 pixels of shape \(N, C, H, W\)"):
-        ArrayExamples(torch.zeros(2, 3, 4, 4), labels_N)
+    with pytest.raises(DataError, match=r"expected uint8 or float32 pixels of shape \(N, C, H, W\)"):
+        ArrayExamples(torch.zeros(2, 3, 4, 4, dtype=torch.float64), labels_N)
     with pytest.raises(DataError, match="expected one int64 label per image"):
         ArrayExamples(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), labels_N)
     with pytest.raises(DataError, match="expected one int64 label per image"):
@@ -124,6 +124,19 @@ def test_read_names_the_bad_file_again_and_again(paths: list[Path], cache_bytes:
         with pytest.raises(DataError, match=r"cannot read the image \(.*2.png\)"):
             examples.read([0, 2])
     assert examples.read([0, 1]).shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**6])
+def test_a_subset_reads_its_own_members_only(paths: list[Path], cache_bytes: int) -> None:
+    paths[2].write_bytes(b"GIF89a")
+    whole = files(paths, cache_bytes)
+    assert whole.in_memory == (cache_bytes > 0)  # from the second time on
+    SubsetExamples(whole, torch.tensor([5, 0])).verify()
+    bad = SubsetExamples(whole, torch.tensor([4, 2]))
+    assert (bad.name(1), bad.labels_N.tolist()) == (str(paths[2]), [0, 0])
+    assert torch.equal(bad.read([0]), whole.read([4]))
+    with pytest.raises(DataError, match=r"cannot read the image \(.*2.png\)"):
+        bad.verify()
 
 
 def test_threads_for_large_files_only(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bayesnet.data import DataConfig, FileExamples, ImageData, load_data
+from bayesnet.data import DataConfig, FileExamples, ImageData, Preprocessing, load_data
 from bayesnet.data import examples as examples_module
 from bayesnet.errors import ConfigError, DataError
 
@@ -255,6 +255,24 @@ def test_chosen_size_channels_and_limits(make_folder: MakeFolder) -> None:
         load(root, DataConfig(max_pixels=79))
     with pytest.raises(ConfigError, match=r"must be below the image side, 8 \(data.crop_padding\)"):
         load(root, DataConfig(crop_padding=8))
+
+
+def test_preset_of_imagenet(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_folder({"a": 8, "b": 8})
+    with monkeypatch.context() as patch:
+        patch.setattr(examples_module, "read_image", None)  # nothing is decoded: the statistics are given
+        data = load(root, DataConfig(preset="imagenet", max_pixels=80))
+    assert data.preprocessing == Preprocessing(
+        3, 224, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), max_pixels=80, resize=256
+    )
+    assert data.notes[-1] == (
+        "Images are scaled to a short side of 256 and cropped to 224 x 224 pixels, with the statistics of ImageNet "
+        "(data.preset)."
+    )
+    assert data.train.read([0]).shape == (1, 3, 224, 224)
+    automatic, none = load(root), load(root, DataConfig(preset="none"))
+    assert automatic.preprocessing == none.preprocessing
+    assert (none.preprocessing.shape, none.preprocessing.resize) == ((3, 10, 8), 0)
 
 
 def test_statistics_are_those_of_the_training_split(make_folder: MakeFolder) -> None:

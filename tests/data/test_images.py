@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from torchvision.transforms import v2
 
 from bayesnet.data import images
 from bayesnet.data.images import image_paths, image_size, read_image, write_png
@@ -29,8 +30,10 @@ STORED = {
 }
 
 
-def preprocessing(height: int, width: int, channels: int = 3, max_pixels: int = 50_000_000) -> Preprocessing:
-    return Preprocessing(channels, height, width, (0.0,) * channels, (1.0,) * channels, max_pixels)
+def preprocessing(
+    height: int, width: int, channels: int = 3, max_pixels: int = 50_000_000, resize: int = 0
+) -> Preprocessing:
+    return Preprocessing(channels, height, width, (0.0,) * channels, (1.0,) * channels, max_pixels, resize)
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -184,6 +187,80 @@ def test_large_jpeg_is_decoded_small_with_little_difference(tmp_path: Path) -> N
     difference = read_image(tmp_path / "a.jpg", preprocessing(32, 32)).float()
     difference -= read_image(tmp_path / "a.png", preprocessing(32, 32)).float()
     assert difference.abs().max() <= 6
+
+
+def by_torchvision(image: Image.Image, resize: int, height: int, width: int) -> torch.Tensor:
+    scaled = v2.Resize(resize, v2.InterpolationMode.BILINEAR, antialias=True)(image)
+    return chw(v2.CenterCrop([height, width])(scaled))
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (97, 61), (256, 256), (300, 256), (257, 1031), (40, 40)])
+@pytest.mark.parametrize(("resize", "height", "width"), [(256, 224, 224), (64, 64, 64), (48, 31, 44)])
+def test_resize_then_centre_crop_is_that_of_torchvision(
+    tmp_path: Path, size: tuple[int, int], resize: int, height: int, width: int
+) -> None:
+    image = picture(size[1], size[0])  # noise: a box that is off by a twentieth of a pixel shows
+    image.save(tmp_path / "a.png")
+    result = read_image(tmp_path / "a.png", preprocessing(height, width, resize=resize))
+    difference = result.float() - by_torchvision(image, resize, height, width).float()
+    assert difference.abs().max() <= 1
+    assert result.is_contiguous()
+
+
+@pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (3, 3001), (1, 1)])
+def test_resize_of_thin_images_is_that_of_torchvision(tmp_path: Path, size: tuple[int, int]) -> None:
+    image = picture(size[1], size[0])
+    image.save(tmp_path / "a.png")
+    result = read_image(tmp_path / "a.png", preprocessing(14, 14, resize=16))
+    assert (result.float() - by_torchvision(image, 16, 14, 14).float()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_line_of_five_million_pixels_does_not_grow(tmp_path: Path, turned: bool) -> None:
+    # Scaled whole to a short side of 256 it would have 327,680,000,000 pixels.
+    line = np.zeros((1, 5_000_000), dtype=np.uint8)
+    line[0, 2_500_000:] = 200  # a step in the very centre
+    Image.fromarray(line.T if turned else line).save(tmp_path / "a.bmp")
+    result = read_image(tmp_path / "a.bmp", preprocessing(224, 224, channels=1, resize=256))[0]
+    result = result.T if turned else result
+    assert (result == result[:1]).all()
+    # Two pixels of the line fill 256: pixel c of the result is (c - 111.5) / 256 from the middle of the step.
+    expected_W = 200 * (0.5 + (torch.arange(224) - 111.5) / 256)
+    assert (result[0] - expected_W).abs().max() <= 0.51
+
+
+def test_transparency_is_premultiplied_before_resizing(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (40, 40), (255, 0, 0, 0))  # hidden red must not bleed into the black square
+    image.paste((0, 0, 0, 255), (0, 0, 20, 40))
+    image.save(tmp_path / "a.png")
+    red, green, blue = read_image(tmp_path / "a.png", preprocessing(12, 12, resize=15))
+    assert torch.equal(red, green)
+    assert torch.equal(red, blue)
+    assert (red[0, 0], red[0, -1]) == (0, 255)
+
+
+def test_jpeg_is_decoded_small_only_where_twice_the_short_side_is_left(tmp_path: Path) -> None:
+    wanted = preprocessing(224, 224, resize=256)
+    for side, limit in ((1000, 1), (1100, 12)):  # 1000 // 512 = 1: decoded whole; 1100 // 512 = 2: at half size
+        image = picture(30, 30).resize((side, side), Image.Resampling.BICUBIC)
+        image.save(tmp_path / "a.jpg", quality=100, subsampling=0)
+        with Image.open(tmp_path / "a.jpg") as whole:
+            difference = read_image(tmp_path / "a.jpg", wanted).float() - by_torchvision(whole, 256, 224, 224).float()
+        assert difference.abs().max() <= limit
+        assert (difference.abs().max() > 1) == (side == 1100)
+
+
+def test_models_of_arrays_take_no_files(tmp_path: Path) -> None:
+    picture(8, 8).save(tmp_path / "a.png")
+    for channels in (2, 4):
+        with pytest.raises(DataError) as caught:
+            read_image(tmp_path / "a.png", preprocessing(8, 8, channels))
+        what = f"cannot read image files with {channels} channels ({tmp_path}/a.png): give the model arrays from Python"
+        assert str(caught.value) == what
+    floats = Preprocessing(3, 8, 8, (0.0,) * 3, (1.0,) * 3, pixel_scale=1.0)
+    with pytest.raises(DataError) as caught:
+        read_image(tmp_path / "a.png", floats)
+    assert str(caught.value).startswith("the model was trained on floating-point arrays, not image files (")
 
 
 def test_image_paths_walks_sorted(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -21,10 +22,19 @@ def test_json_round_trip() -> None:
     assert Preprocessing.from_json(json.loads(json.dumps(RGB.to_json()))) == RGB
 
 
+def test_json_of_a_run_without_the_newer_keys_loads() -> None:
+    mapping = RGB.to_json()
+    assert (mapping.pop("resize"), mapping.pop("pixel_scale")) == (0, 255.0)
+    assert Preprocessing.from_json(mapping) == RGB
+    newer = dataclasses.replace(RGB, resize=6, pixel_scale=1.0)
+    assert Preprocessing.from_json(json.loads(json.dumps(newer.to_json()))) == newer
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"channels": 2}, "channels must be 1 or 3 (preprocessing.channels)"),
+        ({"channels": 2}, "expected 2 finite numbers (preprocessing.mean)"),
+        ({"channels": 0}, "must be 1 to 1024 (preprocessing.channels)"),
         ({"channels": True}, "expected int (preprocessing.channels): got True"),
         ({"height": 0}, "must be between 1 and 4096 (preprocessing.height)"),
         ({"width": 5000}, "must be between 1 and 4096 (preprocessing.width)"),
@@ -33,6 +43,9 @@ def test_json_round_trip() -> None:
         ({"mean": [0.1, 0.2, 10**400]}, "number is too large (preprocessing)"),
         ({"std": [0.1, 0.2, 0.0]}, "must be above 0 (preprocessing.std)"),
         ({"std": "abc"}, "expected a list (preprocessing.std): got 'abc'"),
+        ({"resize": 4}, "must be 0 or at least the height and width (preprocessing.resize)"),
+        ({"resize": 4097}, "must be 0 or at least the height and width (preprocessing.resize)"),
+        ({"pixel_scale": 2}, "must be 1 or 255 (preprocessing.pixel_scale)"),
         ({"max_pixels": 0}, "must be at least 1 (preprocessing.max_pixels)"),
         ({"heigth": 1}, "unknown configuration key (preprocessing.heigth): did you mean 'preprocessing.height'?"),
     ],
@@ -63,6 +76,13 @@ def test_normalize_is_the_formula_and_leaves_its_input() -> None:
     assert torch.equal(x_BCHW, before)
     # A tensor on the meta device has no values: any look at one would raise.
     assert RGB.normalize(x_BCHW.to("meta")).shape == (2, 3, 4, 5)
+
+
+def test_normalize_leaves_the_scale_of_floating_point_data() -> None:
+    x_BCHW = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    result = dataclasses.replace(RGB, pixel_scale=1.0).normalize(x_BCHW)
+    for channel in range(3):
+        torch.testing.assert_close(result[:, channel], (x_BCHW[:, channel] - RGB.mean[channel]) / RGB.std[channel])
 
 
 def test_channel_statistics_match_torch() -> None:

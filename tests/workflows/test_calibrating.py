@@ -67,7 +67,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, *, swapped: bool = False) -> list[str
     """Log what is read and fitted; train and validation must not be read at all, test after both thresholds."""
     log: list[str] = []
 
-    def read(run: RunDirectory, settings: Settings, preprocessing: Preprocessing) -> ImageData:
+    def read(run: RunDirectory, settings: Settings, preprocessing: Preprocessing, given: None) -> ImageData:
         data = read_data(run, settings, preprocessing)
         calibration, test = (data.test, data.calibration) if swapped else (data.calibration, data.test)
         return data._replace(
@@ -224,7 +224,7 @@ def test_images_with_errors_tell_a_temperature() -> None:
 
 
 def test_a_calibration_split_of_one_image_is_refused(trained_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(run: RunDirectory, settings: Settings, preprocessing: Preprocessing) -> ImageData:
+    def read(run: RunDirectory, settings: Settings, preprocessing: Preprocessing, given: None) -> ImageData:
         data = read_data(run, settings, preprocessing)
         one = ArrayExamples(data.calibration.read([0]), data.calibration.labels_N[:1])
         return data._replace(calibration=one)

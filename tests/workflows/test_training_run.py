@@ -232,8 +232,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, *, on_validation: bool = False) -> l
         ready[:] = [False, False]
         return data._replace(test=given[-1], validation=given[-1] if on_validation else data.validation)
 
-    def fit_model(name: str, settings: Settings, context: RunContext) -> FitResult:
-        result = original_fit(name, settings, context)
+    def fit_model(name: str, settings: Settings, context: RunContext, *, profile: Path | None) -> FitResult:
+        result = original_fit(name, settings, context, profile=profile)
         ready[MODELS.index(name)] = True
         return result
 

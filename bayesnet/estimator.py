@@ -1,0 +1,384 @@
+"""BayesNetClassifier: the library with scikit-learn's habits, for arrays, data sets and image files.
+
+Everything it does goes through the workflows and a run directory, so what is fitted here can be calibrated, compared
+and resumed like any other run; `load` brings it back.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import NotFittedError
+from torch import Tensor, nn
+
+from bayesnet.calibration import prediction_sets, threshold_from_json
+from bayesnet.config import merge, require
+from bayesnet.data import Examples, FileExamples, ImageData, Preprocessing
+from bayesnet.data.images import image_paths
+from bayesnet.data.python_data import class_labels, from_python, loader_batch_size, read_labels, unlabelled
+from bayesnet.engine import Engine
+from bayesnet.errors import CheckpointError, StorageError
+from bayesnet.inference.base import GuideFactory
+from bayesnet.optim import OptimizerFactory
+from bayesnet.predictive import Predictor, interval_kind
+from bayesnet.rundir import RunDirectory, find_run
+from bayesnet.settings import TWIN, Settings, build_settings, read_config
+from bayesnet.types import Interval, JsonObject, Summary
+from bayesnet.workflows import TrainListener, calibrate
+from bayesnet.workflows.trained import (
+    PYTHON_DATA,
+    UserCode,
+    load_calibration,
+    load_model,
+    read_finished,
+    record_calibrator,
+    trained_names,
+)
+from bayesnet.workflows.training_run import resume_run, start_run
+
+LABELS_FILE = "labels.json"
+
+
+class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] # scikit-learn has no types
+    """An image classifier whose probabilities come with intervals, with scikit-learn's habits.
+
+    Args:
+        family: Posterior family; "deterministic" trains the twin alone. It does not matter where ``guide`` is given.
+        backbone: Name of a feature extractor, or any module from images (N, C, H, W) to features (N, D); it is copied.
+        guide: A function from the head's Pyro program to a guide over its site "weight": an autoguide class such as
+            ``AutoLowRankMultivariateNormal``, or ``lambda head: my_guide``.
+        optimizer: A function from parameter groups to a torch optimizer, for all that is not variational.
+        epochs: Passes over the training split; None takes the recipe's.
+        batch_size: Images per step; None takes the recipe's, or that of a DataLoader.
+        seed: Of weights, order, augmentation and posterior noise.
+        devices: "auto", "cpu", "cuda:0".
+        twin: Train the deterministic twin too, so that `calibrate` can compare the two.
+        out: The run directory, new or empty; None keeps the run in a temporary folder until `save`.
+        settings: Sections of settings that have no argument here, such as ``{"data": {"flip": True}}``.
+
+    Attributes:
+        classes_: The labels, in the order of the columns of `predict_proba`.
+        run_: The run directory.
+        summary_: Its summary: splits, metrics on the test split with 95 % intervals.
+
+    Example:
+        >>> from sklearn.datasets import load_digits
+        >>> digits = load_digits()
+        >>> classifier = BayesNetClassifier(epochs=1, settings={"backbone": {"width": 4}}, devices="cpu")
+        >>> classifier = classifier.fit((digits.images * 15).astype("uint8"), digits.target)
+        >>> classifier.predict_proba((digits.images[:3] * 15).astype("uint8")).shape
+        (3, 10)
+    """
+
+    def __init__(
+        self,
+        *,
+        family: str = "mean_field",
+        backbone: str | nn.Module = "small_cnn",
+        guide: GuideFactory | None = None,
+        optimizer: OptimizerFactory | None = None,
+        epochs: int | None = None,
+        batch_size: int | None = None,
+        seed: int = 0,
+        devices: str = "auto",
+        twin: bool = False,
+        out: str | Path | None = None,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.family = family
+        self.backbone = backbone
+        self.guide = guide
+        self.optimizer = optimizer
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.seed = seed
+        self.devices = devices
+        self.twin = twin
+        self.out = out
+        self.settings = settings
+
+    def fit(
+        self,
+        X: object,
+        y: Sequence[Any] | NDArray[Any] | Tensor | None = None,
+        *,
+        validation: object = None,
+        calibration: object = None,
+        test: object = None,
+        resume: bool = False,
+        listener: TrainListener | None = None,
+        stop_signal: Callable[[], int | None] = lambda: None,
+    ) -> BayesNetClassifier:
+        """Train on images and labels.
+
+        Args:
+            X: Images (N, C, H, W) or (N, H, W), uint8 or floating-point; or a map-style Dataset of (image, label), or a
+                DataLoader over one; or a text such as "folder:PATH" or "digits", as the command line takes it.
+            y: Labels (N,), numbers or texts; a Dataset brings its own.
+            validation: A pair (X, y), Dataset or DataLoader that selects the epoch; carved from X where None.
+            calibration: The same for `calibrate`.
+            test: The same for the metrics in ``summary_``.
+            resume: Go on with the interrupted run in ``out``; the data must be the same.
+            listener: Hears of progress.
+            stop_signal: Asked after each step; a number ends the fit with a committed checkpoint.
+
+        Raises:
+            BayesnetError: One of its children, for anything the caller can fix.
+        """
+        settings = self._settings(X)
+        user = self._user_code()
+        self._data = None
+        if not isinstance(X, str):
+            self._data = from_python(
+                X, y, validation=validation, calibration=calibration, test=test, config=settings.data
+            )
+        if resume:
+            require(self.out is not None, "resume needs the run directory", where="out", hint="give out=... again")
+            summary = resume_run(
+                str(self.out),
+                data=self._data,
+                user=user,
+                devices=self.devices,
+                listener=listener,
+                stop_signal=stop_signal,
+            )
+        else:
+            out = self.out if self.out is not None else self._temporary_folder() / "run"
+            summary = start_run(
+                settings, data=self._data, user=user, out=out, listener=listener, stop_signal=stop_signal
+            )
+        run = RunDirectory.open(Path(summary["run"]))
+        if self._data is not None:
+            _write_labels(run, class_labels(read_labels(X, y)))
+        self._take(run, None)
+        return self
+
+    def predict(self, X: object) -> NDArray[Any]:
+        """Return the most probable label of each image (N,).
+
+        Args:
+            X: Images as for `fit`, or PIL images, or paths of image files.
+        """
+        top_N = self.predict_proba(X).argmax(1)
+        labels: NDArray[Any] = self.classes_[top_N]
+        return labels
+
+    def predict_proba(self, X: object) -> NDArray[np.float64]:
+        """Return the mean probability of each class (N, K) over the posterior, calibrated once `calibrate` has run."""
+        return self.predict_interval(X).probability_NK
+
+    def predict_interval(self, X: object, level: float = 0.9) -> Interval:
+        """Return an interval on the probability of each class, which the mean always lies in.
+
+        Args:
+            X: As for `predict`.
+            level: Mass under the posterior, such as 0.9.
+
+        Raises:
+            ConfigError: ``level`` is not between 0 and 1.
+        """
+        parts = self.predict_summary(X, level)
+        kind = interval_kind(self._predictor.num_samples, level)
+        return Interval(parts.lower_BK, parts.probability_BK, parts.upper_BK, level, kind)
+
+    def predict_summary(self, X: object, level: float = 0.9) -> Summary:
+        """Return probabilities, intervals, entropies and mutual information of all images at once; see `Summary`.
+
+        Args:
+            X: As for `predict`.
+            level: Mass of the intervals.
+
+        Raises:
+            ConfigError: ``level`` is not between 0 and 1.
+            NotFittedError: `fit` has not run.
+        """
+        self._check_fitted()
+        require(0 < level < 1, "must lie between 0 and 1", where=f"level = {level}")
+        examples = _unlabelled(X, self._preprocessing)
+        chunks = list(self._predictor.summaries(examples, level))
+        return Summary(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
+
+    def predict_set(self, X: object) -> list[list[Any]]:
+        """Return the conformal set of labels of each image: it holds the true label with the calibrated coverage.
+
+        Args:
+            X: As for `predict`.
+
+        Raises:
+            ConfigError: `calibrate` has not run.
+        """
+        self._check_fitted()
+        require(
+            self._threshold is not None, "there are no label sets yet", where=f"{self.run_}", hint="call calibrate()"
+        )
+        assert self._threshold is not None
+        members_NK = prediction_sets(self.predict_proba(X), self._threshold)
+        labels = self.classes_.tolist()
+        return [[label for label, inside in zip(labels, row, strict=True) if inside] for row in members_NK]
+
+    def score(self, X: object, y: Sequence[Any] | NDArray[Any] | Tensor) -> float:
+        """Return the accuracy on images and their labels."""
+        return float(np.mean(self.predict(X) == np.asarray(y)))
+
+    def calibrate(self, alpha: float = 0.1) -> JsonObject:
+        """Fit the temperature and the conformal threshold on the calibration split, and use them from now on.
+
+        Args:
+            alpha: 1 - alpha is the nominal coverage of `predict_set`.
+
+        Returns:
+            What `bayesnet calibrate` prints as JSON.
+
+        Raises:
+            ConfigError: The classifier was loaded, so its data are not at hand.
+        """
+        self._check_fitted()
+        data: ImageData | None = getattr(self, "_data", None)
+        gone = data is None and self._python_data
+        require(not gone, "the data were given to fit and are gone", where=f"{self.run_}", hint="fit again")
+        record = calibrate(self.run_, alpha=alpha, devices=self.devices, data=data, user=self._user_code())
+        self._take(RunDirectory.open(self.run_), self._model_name)
+        return record
+
+    def save(self, path: str | Path) -> Path:
+        """Copy the run directory, for `load` and for the command line.
+
+        Args:
+            path: New or empty.
+
+        Raises:
+            StorageError: It cannot be written, or is not empty.
+        """
+        self._check_fitted()
+        target = Path(path)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise StorageError("not an empty directory", where=target, hint="choose another path")
+        try:
+            shutil.copytree(self.run_, target, dirs_exist_ok=True)
+        except (OSError, shutil.Error) as error:
+            raise StorageError("cannot copy the run", where=target, hint=str(error)) from error
+        return target
+
+    def _settings(self, X: object) -> Settings:
+        """Return the settings of a new run: the recipe for own images without its augmentation, then the arguments."""
+        family = "guide" if self.guide is not None else self.family
+        mapping = read_config(f"folder/{TWIN if family == TWIN else 'mean_field'}")
+        batch_size = self.batch_size or loader_batch_size(X)
+        training = {"epochs": self.epochs, "batch_size": batch_size, "seed": self.seed, "twin": self.twin}
+        own_module = isinstance(self.backbone, nn.Module)
+        plain = {"spec": PYTHON_DATA, "crop_padding": 0, "flip": False}
+        arguments = {
+            "data": {"spec": X} if isinstance(X, str) else plain,
+            "backbone": {"name": "custom" if own_module else self.backbone},
+            "training": {key: value for key, value in training.items() if value is not None},
+            "engine": {"devices": self.devices},
+        }
+        inference = {"family": family} if self.guide is None else {"family": family, "guide": "custom"}
+        return build_settings(merge(merge(mapping | {"inference": inference}, arguments), self.settings or {}))
+
+    def _temporary_folder(self) -> Path:
+        """Return a new folder that is removed with this object."""
+        folder = tempfile.mkdtemp(prefix="bayesnet-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder)
+
+    def _user_code(self) -> UserCode:
+        module = self.backbone if isinstance(self.backbone, nn.Module) else None
+        return UserCode(backbone=module, guide=self.guide, optimizer=self.optimizer)
+
+    def _take(self, run: RunDirectory, model: str | None) -> None:
+        """Take up the trained model of a run, with its calibration if there is one."""
+        self.summary_ = read_finished(run)
+        names = trained_names(self.summary_, run.path)
+        require(model is None or model in names, f"the run has {', '.join(names)}", where=f"model = {model}")
+        trained = load_model(run, model or names[-1], self._user_code())
+        record = load_calibration(run, trained)
+        calibrator = None if record is None else record_calibrator(run, record)
+        self.run_, self._model_name = run.path, trained.name
+        self.classes_ = _read_labels(run, trained.classes)
+        self._preprocessing = trained.preprocessing
+        self._python_data = trained.settings.data.spec == PYTHON_DATA
+        self._threshold = None if record is None else threshold_from_json(record["threshold"])
+        self._predictor: Predictor = trained.predictor(Engine.for_one(self.devices), calibrator=calibrator)
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "_predictor"):
+            raise NotFittedError("this BayesNetClassifier is not fitted yet: call fit, or use bayesnet.load")
+
+
+def load(
+    run: str | Path | None = None,
+    *,
+    model: str | None = None,
+    backbone: nn.Module | None = None,
+    guide: GuideFactory | None = None,
+    devices: str = "auto",
+) -> BayesNetClassifier:
+    """Return the classifier of a run, ready to predict; whoever trained it, on the command line or in Python.
+
+    Args:
+        run: A run directory; the newest finished one under ./runs by default.
+        model: "deterministic" or "bayesian"; the Bayesian one by default where there is one.
+        backbone: The module that it was trained with, where that was the caller's own.
+        guide: The guide that it was trained with, where that was the caller's own.
+        devices: "auto", "cpu", "cuda:0".
+
+    Raises:
+        CheckpointError: The run is missing, damaged, or needs code that was not given.
+        DeviceError: The device does not exist.
+    """
+    directory = find_run(run)
+    names = trained_names(read_finished(directory), directory.path)
+    require(model is None or model in names, f"the run has {', '.join(names)}", where=f"model = {model}")
+    settings = load_model(directory, model or names[-1], UserCode(backbone=backbone, guide=guide)).settings
+    classifier = BayesNetClassifier(
+        family=settings.inference.family,
+        backbone=backbone if backbone is not None else settings.backbone.name,
+        guide=guide,
+        epochs=settings.training.epochs,
+        batch_size=settings.training.batch_size,
+        seed=settings.training.seed,
+        devices=devices,
+        twin=settings.training.twin,
+        settings={"data": {"crop_padding": settings.data.crop_padding, "flip": settings.data.flip}},
+    )
+    classifier._take(directory, model)
+    return classifier
+
+
+def _unlabelled(X: object, preprocessing: Preprocessing) -> Examples:
+    """Return images to predict: files where paths are given, else whatever `unlabelled` takes."""
+    paths = [X] if isinstance(X, str | Path) else X
+    if isinstance(paths, Sequence) and paths and all(isinstance(path, str | Path) for path in paths):
+        files = image_paths(paths)
+        return FileExamples(files, torch.zeros(len(files), dtype=torch.int64), preprocessing)
+    return unlabelled(X, preprocessing)
+
+
+def _write_labels(run: RunDirectory, labels: Sequence[Hashable]) -> None:
+    """Keep what the labels were before they became the names of classes; whole numbers and texts alone come back."""
+    kept = all(isinstance(label, str) or type(label) is int for label in labels)
+    run.write_json(LABELS_FILE, {"labels": list(labels) if kept else [str(label) for label in labels]})
+
+
+def _read_labels(run: RunDirectory, classes: Sequence[str]) -> NDArray[Any]:
+    """Return the labels (K,) in class order: those of `fit`, or the names of the classes.
+
+    Raises:
+        CheckpointError: The file is damaged or does not belong to these classes.
+    """
+    labels: object = list(classes)
+    if (run.path / LABELS_FILE).exists():
+        labels = run.read_json(LABELS_FILE).get("labels")
+    if not isinstance(labels, list) or [str(label) for label in labels] != list(classes):
+        raise CheckpointError("the labels differ from the run's classes", where=run.path / LABELS_FILE)
+    return np.array(labels)
