@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from bayesnet.types import JsonObject
 
 
+TEXTS = ("description", "--data")
+
+
 @click.command("list")
 @click.argument("what", type=click.Choice(["backbones", "families", "datasets"]), metavar="WHAT")
 @click.argument("pattern", required=False)
@@ -45,7 +48,7 @@ def _print_backbones(record: JsonObject) -> None:
     """Print one row per backbone, and under them one line per collection."""
     from bayesnet.workflows.listing import MAX_COUNTED
 
-    from .render import _say, _table
+    from .render import say, table
 
     rows = [
         [
@@ -58,21 +61,19 @@ def _print_backbones(record: JsonObject) -> None:
         ]
         for row in record["rows"]
     ]
-    _table(None, ["backbone", "parameters", "features", "published for", "accuracy", "description"], rows)
-    _say(
-        "accuracy: top-1 on ImageNet-1k of the published weights (backbone.weights = default), as their publisher says"
-    )
+    table(None, ["backbone", "parameters", "features", "published for", "accuracy", "description"], rows, texts=TEXTS)
+    say("accuracy: top-1 on ImageNet-1k of the published weights (backbone.weights = default), as their publisher says")
     if any(row["parameters"] is None for row in record["rows"]):
-        _say(f"parameters are counted where at most {MAX_COUNTED} backbones match: narrow the pattern")
+        say(f"parameters are counted where at most {MAX_COUNTED} backbones match: narrow the pattern")
     for row in record["collections"]:
         number = "not installed" if row["num_names"] is None else f"{row['num_names']} names"
         prefix = row["name"].partition(":")[0]
-        _say(f"{row['name']}: {row['description']}; {number}, see `bayesnet list backbones '{prefix}:*'`")
+        say(f"{row['name']}: {row['description']}; {number}, see `bayesnet list backbones '{prefix}:*'`")
 
 
 def _print_rows(what: str, record: JsonObject) -> None:
     """Print one row per family or data set."""
-    from .render import _table
+    from .render import table
 
     if what == "families":
         headers = ["family", "bayesian", "description"]
@@ -81,4 +82,4 @@ def _print_rows(what: str, record: JsonObject) -> None:
         headers = ["data set", "--data", "description"]
         cells = [row["spec"] for row in record["rows"]]
     rows = [[row["name"], cell, row["description"]] for row, cell in zip(record["rows"], cells, strict=True)]
-    _table(None, headers, rows)
+    table(None, headers, rows, texts=TEXTS)

@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Before torch loads OpenMP: waiting threads sleep instead of spinning. On a busy machine spinning costs minutes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # --profile: its log is not for users
     try:
         code = _run(arguments)
         sys.stdout.flush()

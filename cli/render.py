@@ -27,24 +27,24 @@ def print_train_summary(summary: JsonObject) -> None:
     """Print the data, the table of both models, the posterior's fit, the run directory and what to try next."""
     data, models, run = summary["data"], summary["models"], shlex.quote(summary["run"])
     splits = ", ".join(f"{data[f'num_{split}']} {split}" for split in ("train", "validation", "calibration", "test"))
-    _say(f"{data['name']}: {len(data['classes'])} classes; images: {splits}")
+    say(f"{data['name']}: {len(data['classes'])} classes; images: {splits}")
     rows = [[label, *(_with_interval(model, key) for model in models.values())] for key, label in METRICS.items()]
     rows.append(["training seconds", *(f"{model['seconds']:.1f}" for model in models.values())])
     headers = [f"{name} ({model['family']})" for name, model in models.items()]
-    _table(f"test split, {data['num_test']} images, 95 % intervals in brackets", ["", *headers], rows)
+    table(f"test split, {data['num_test']} images, 95 % intervals in brackets", ["", *headers], rows)
     for name, model in models.items():
         scale = model["posterior_scale"]
         if scale["final"] is not None:
             sampled = "" if model["kl_is_exact"] else " (one draw)"
             train = "" if model["train_nll"] is None else f"train NLL {model['train_nll']:.4f}, "
-            _say(
+            say(
                 f"{name}: {train}KL {model['kl']:.1f} nats{sampled}, KL/N "
                 f"{model['kl_per_example']:.4f}; median posterior sd {scale['initial']:.4f} -> {scale['final']:.4f}"
             )
-    _say(f"run: {run}")
+    say(f"run: {run}")
     examples = "FILE_OR_FOLDER" if data["name"] == "folder" else f"{run}/examples"
-    _say(f"next: bayesnet calibrate {run}")
-    _say(f"      bayesnet predict {examples} --run {run}")
+    say(f"next: bayesnet calibrate {run}")
+    say(f"      bayesnet predict {examples} --run {run}")
 
 
 def print_calibration(record: JsonObject) -> None:
@@ -55,18 +55,18 @@ def print_calibration(record: JsonObject) -> None:
         columns += [model["before"], model["after"]]
     rows = [[label, *(_with_interval(column, key) for column in columns)] for key, label in METRICS.items()]
     rows.append(["ECE if perfect", *(_interval(column["ece_null95"]) for column in columns)])
-    _table("test split, 95 % intervals in brackets", headers, rows)
+    table("test split, 95 % intervals in brackets", headers, rows)
     for name, model in record["models"].items():
         if model["notice"]:
-            _say(f"{name}: {model['notice']}")
+            say(f"{name}: {model['notice']}")
     conformal = record["conformal"]
-    _say(
+    say(
         f"label sets at {1 - conformal['alpha']:.0%}: coverage {conformal['coverage']:.3f} "
         f"(expected {_interval(conformal['coverage_band'])}), {conformal['mean_set_size']:.2f} labels on average"
         + (f"; {conformal['notice']}" if conformal["notice"] else "")
     )
-    _say(f"report: {record['report']}")
-    _say(record["sentence"])
+    say(f"report: {record['report']}")
+    say(record["sentence"])
 
 
 def print_predictions(record: JsonObject) -> None:
@@ -85,10 +85,10 @@ def print_predictions(record: JsonObject) -> None:
         for row in record["predictions"]
     ]
     headers = ["image", "label", "probability", f"{interval['level']:.0%} interval", "entropy", "mutual inf.", "set"]
-    _table(None, headers, rows)
+    table(None, headers, rows)
     state = "calibrated" if record["calibrated"] else "not calibrated: run `bayesnet calibrate`"
-    _say(f"{record['model']} model of {record['run']}, {state}")
-    _say(
+    say(f"{record['model']} model of {record['run']}, {state}")
+    say(
         f"The interval ({interval['kind']}, {interval['samples']} draws, widened for {interval['widened']:.0%} of the "
         "labels) holds the class probability under the posterior; it is no promise about the label. Entropies in nats."
     )
@@ -112,10 +112,10 @@ def print_bench(record: JsonObject) -> None:
         for row in record["rows"]
     ]
     headers = ["device", "phase", "model", "batch", "draws", "images/s", "ms median", "ms p95", "peak MiB", "ratio"]
-    _table(f"{record['source']}: time per step or prediction, 95 % intervals in brackets", headers, rows)
-    _say("ratio: median over rounds of the time over the twin's in the same round; a CPU keeps no count of its memory")
+    table(f"{record['source']}: time per step or prediction, 95 % intervals in brackets", headers, rows)
+    say("ratio: median over rounds of the time over the twin's in the same round; a CPU keeps no count of its memory")
     for row in record["control"]["rows"]:
-        _say(
+        say(
             f"control, {row['device']} {row['phase']}: the twin against itself {row['ratio']:.3f} "
             f"{_interval(row['ci95'], 3)}; differences of this size are noise"
         )
@@ -132,36 +132,46 @@ def print_comparison(record: JsonObject) -> None:
         ]
         for row in record["rows"]
     ]
-    _table("test metrics, 95 % intervals in brackets", ["run", "model", "seed", *METRICS.values()], rows)
+    table("test metrics, 95 % intervals in brackets", ["run", "model", "seed", *METRICS.values()], rows)
     if not record["same_test_split"]:
-        _say("These runs have different data or splits: their metrics cannot be compared.")
+        say("These runs have different data or splits: their metrics cannot be compared.")
 
 
 def print_doctor(record: JsonObject) -> None:
     """Print versions, devices and checks."""
-    _table(None, ["package", "version"], list(map(list, record["versions"].items())))
+    table(None, ["package", "version"], list(map(list, record["versions"].items())))
     devices = ", ".join(f"{name} ({what})" for name, what in record["devices"].items())
-    _say(f"devices: {devices}; {record['threads']} threads on {record['cpus']} CPUs; {record['platform']}")
+    say(f"devices: {devices}; {record['threads']} threads on {record['cpus']} CPUs; {record['platform']}")
     for check in record["checks"]:
         line = f"{'ok  ' if check['ok'] else 'FAIL'} {check['name']}: {check['found']}"
-        _say(line + (f": {check['advice']}" if check["advice"] else ""))
+        say(line + (f": {check['advice']}" if check["advice"] else ""))
 
 
-def _table(title: str | None, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; off a terminal it is as wide as it needs to be."""
-    table = Table(title=title, title_justify="left", title_style="", header_style="bold")
+def table(
+    title: str | None, headers: Sequence[str], rows: Sequence[Sequence[str]], *, texts: Sequence[str] = ()
+) -> None:
+    """Print a table; off a terminal it is as wide as it needs to be.
+
+    Args:
+        title: Over it.
+        headers: Of the columns; the first is a text, the others are numbers, to the right.
+        rows: Of cells.
+        texts: Headers of other columns that are texts, to the left.
+    """
+    grid = Table(title=title, title_justify="left", title_style="", header_style="bold")
     for position, header in enumerate(headers):
-        table.add_column(header, justify="left" if position == 0 else "right", overflow="fold")
+        grid.add_column(header, justify="left" if position == 0 or header in texts else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        grid.add_row(*row)
     width = None if sys.stdout.isatty() else 240
     console = Console(width=width, markup=False, highlight=False, emoji=False)
     with console.capture() as text:  # rich itself would end a broken pipe with exit code 1
-        console.print(table)
+        console.print(grid)
     click.echo(text.get(), nl=False)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line, its control characters escaped."""
     click.echo(printable(text))
 
 

@@ -92,7 +92,7 @@ def test_sam_takes_the_gradient_of_the_worst_neighbour(family: str) -> None:
     norm = torch.stack([first[name].square().sum() for name in moved]).sum().sqrt()
     with torch.no_grad():
         for name, parameter in moved.items():
-            parameter += RHO * first[name] / norm
+            parameter.add_(RHO * first[name] / norm)
     expected = gradients(reference, x, y)
     before = {name: p.detach().clone() for name, p in stepped.named_parameters()}
     torch.manual_seed(3)

@@ -110,20 +110,23 @@ def _freeze(model: TrainedModel, data: ImageData, engine: Engine, alpha: float, 
 
 
 def fit_temperature(draws_SNK: Tensor, labels_N: Tensor) -> tuple[Calibrator, str | None]:
-    """Return the temperature fitted on half A, or the identity and why where half A cannot tell one.
+    """Return the temperature fitted on half A, or the identity where half A cannot tell one; and a notice or None.
 
     Where every image of half A is classified right, its NLL falls without end as T falls: the temperature that it asks
-    for is the most overconfident one, and ruins the NLL of the first error elsewhere.
+    for is the most overconfident one, and ruins the NLL of the first error elsewhere. With errors an optimum at the
+    bound of the range is a real one: the mean of sharpened draws is a vote, whose NLL stays finite where draws differ.
 
     Args:
         draws_SNK: Log-probabilities (S, N, K) on half A.
         labels_N: Its labels (N,).
     """
     errors = int((log_mean_exp(draws_SNK.double(), 0).argmax(1) != labels_N).sum())
-    calibrator = CALIBRATORS["temperature"].fit(draws_SNK, labels_N)
-    if not errors or (isinstance(calibrator, Temperature) and calibrator.at_bound):
+    if not errors:
         found = f"{len(labels_N)} images of half A with {errors} errors"
         return Identity(), f"no temperature is applied: {found} cannot tell one"
+    calibrator = CALIBRATORS["temperature"].fit(draws_SNK, labels_N)
+    if isinstance(calibrator, Temperature) and calibrator.at_bound:
+        return calibrator, f"the temperature is at the bound of its range, {calibrator.temperature:g}"
     return calibrator, None
 
 

@@ -35,7 +35,17 @@ PYTHON_DATA = "python"
 """The spec of data that were given from Python."""
 
 _DATA_KEYS = ("name", "classes", "num_train", "num_validation", "num_calibration", "num_test")
-_FIT_KEYS = ("family", "step", "digest", "train_nll", "kl", "kl_per_example", "posterior_scale", "seconds")
+_FIT_KEYS = (
+    "family",
+    "step",
+    "digest",
+    "train_nll",
+    "kl",
+    "kl_is_exact",
+    "kl_per_example",
+    "posterior_scale",
+    "seconds",
+)
 
 
 class UserCode(NamedTuple):

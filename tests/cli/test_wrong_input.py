@@ -33,7 +33,7 @@ CONFIGURATION = [
     ("train --data folder", 2, "the data set needs a path (folder): write folder:PATH"),
     ("train --data digits:8", 2, "the data set takes no path (digits:8): write digits"),
     ("train --family mean_feild", 2, "unknown family (mean_feild): did you mean 'mean_field'?"),
-    ("train --backbone resnet", 2, "unknown backbone (resnet): did you mean 'resnet18'? Known: small_cnn, resnet18"),
+    ("train --backbone resnet", 2, "unknown backbone (resnet): did you mean 'resnet50'?"),
     ("train --config digits/mean_feild", 2, "unknown recipe (digits/mean_feild): did you mean 'digits/mean_field'?"),
     ("train --config absent.toml", 2, "cannot read the configuration (absent.toml): "),
     ("train --bayesian --family deterministic", 2, "--bayesian needs a Bayesian family (deterministic): try --family "),

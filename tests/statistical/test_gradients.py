@@ -284,7 +284,10 @@ def check_mean_softmax_gradient(estimator: str) -> None:
 
 
 def check_mean_linear_gradient() -> None:
-    """By the mean: A (m - posterior mean); by the scale: A S - 1 / S; A the precision. False alarm 1e-6 each."""
+    """By the mean: A (m - posterior mean); by the scale: A S - 1 / S; A the precision. False alarm 1e-6 each.
+
+    The smallest fault caught with power 0.99 is 12 % of the gradient's norm in one coordinate.
+    """
     problem = regressions(1)
     x_BD, y_B = problem.x_RND[0, :10], problem.y_RN[0, :10]
     precision_DD = torch.eye(3).double() + 30 / 10 * x_BD.T @ x_BD / NOISE_SCALE**2
@@ -302,7 +305,9 @@ def check_mean_linear_gradient() -> None:
                 rows, columns = torch.tril_indices(3, 3)
                 whole_DD = (precision_DD @ tril_DD).tril() - torch.diag(1 / tril_DD.diagonal())
                 by_scale, found = whole_DD[rows, columns], (found[0], found[1][:, rows, columns])
-            z = largest_z(torch.cat(found, 1), torch.cat([by_mean_D, by_scale]))
+            gradients_SP, expected_P = torch.cat(found, 1), torch.cat([by_mean_D, by_scale])
+            assert float(gradients_SP.std(0).max()) * (Z_CUT + 2.33) / 64 < 0.12 * float(expected_P.norm())
+            z = largest_z(gradients_SP, expected_P)
             assert z < Z_CUT, f"{type(guide).__name__}, closed form {closed_form_kl}: |z| = {z:.2f}"
 
 

@@ -4,8 +4,8 @@ Ten data sets at once, one of them 30 x 3. A full-rank guide must find the poste
 find the best factorised Gaussian: the same means, and variances 1 / diag(precision). Bounds: means within 0.1 posterior
 sd, sd within 3 %, ELBO within 0.02 nat of its optimum, which for full rank is the log evidence.
 
-The seed is fixed, and the bounds are no test of noise: over seeds the worst of ten data sets ends at 0.03 sd, 1.2 % and
-0.001 nat. The smallest faults caught are the bounds plus that: a mean moved by 0.15 sd, an sd wrong by 5 %
+The seed is fixed, and the bounds are no test of noise: the worst of ten data sets ends at 0.02 sd, 1.1 % and 0.0004
+nat. The smallest faults caught are the bounds plus that: a mean moved by 0.15 sd, an sd wrong by 5 %
 (`test_t6_mean_field` moves the fit by as much; T12 trains with a KL x 0.9, which makes an sd 5 % too small).
 """
 
@@ -61,15 +61,17 @@ def fit(guide: nn.Module, problem: Regressions, *, num_steps: int = NUM_STEPS, s
         schedule.step()
 
 
-def fitted_mean_field(problem: Regressions, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+def fitted_mean_field(problem: Regressions, *, num_steps: int = NUM_STEPS, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return mean (R, D) and covariance (R, D, D) of a fitted `MeanFieldGuide`."""
     torch.manual_seed(seed)
     guide = MeanFieldGuide(torch.ones_like(problem.x_RND[:, 0]), 0.2).double()
-    fit(guide, problem, seed=seed)
+    fit(guide, problem, num_steps=num_steps, seed=seed)
     return guide.loc.detach(), torch.diag_embed((2 * guide.log_scale.detach()).exp())
 
 
-def fitted_stock_guide(name: str, problem: Regressions, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+def fitted_stock_guide(
+    name: str, problem: Regressions, *, num_steps: int = NUM_STEPS, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Return mean (R, D) and covariance (R, D, D) of a fitted guide of Pyro's; it has all R x D weights in one vector.
 
     Its posterior is exact too: independent between data sets. Low rank is exact at the rank R x D.
@@ -85,7 +87,7 @@ def fitted_stock_guide(name: str, problem: Regressions, *, seed: int = 0) -> tup
     with pyro.get_param_store().scope():
         guide(*problem)
         guide.double()
-        fit(guide, problem, seed=seed)
+        fit(guide, problem, num_steps=num_steps, seed=seed)
         posterior = guide.get_posterior()  # type: ignore[no-untyped-call]
     covariance = posterior.covariance_matrix.detach().reshape(num_sets, dimension, num_sets, dimension)
     sets = torch.arange(num_sets)
@@ -166,8 +168,11 @@ def test_t6_full_rank(name: str, figures: dict[str, list[str]]) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_t6_other_data_and_seeds(seed: int) -> None:
+    """Of larger data sets, with four times the steps: 40 weights in one full covariance converge slowly."""
     problem = regressions(NUM_SETS, num_examples=60, dimension=4, seed=100 + seed)
-    found = recovery(problem, fitted_mean_field(problem, seed=seed), factorised=True)
+    steps = 4 * NUM_STEPS
+    found = recovery(problem, fitted_mean_field(problem, num_steps=steps, seed=seed), factorised=True)
     assert found.accepted(), found
-    found = recovery(problem, fitted_stock_guide("AutoMultivariateNormal", problem, seed=seed), factorised=False)
+    fitted = fitted_stock_guide("AutoMultivariateNormal", problem, num_steps=steps, seed=seed)
+    found = recovery(problem, fitted, factorised=False)
     assert found.accepted(), found
