@@ -42,15 +42,15 @@ def progress() -> Progress:
         ("batch_size", 1, "must be at least 2 (training.batch_size = 1)"),
         ("seed", -1, "must be from 0 to 2^31 - 1 (training.seed = -1)"),
         ("seed", 2**31, "must be from 0 to 2^31 - 1 (training.seed = 2147483648)"),
-        ("kl_warmup_epochs", -0.5, "must not be negative (training.kl_warmup_epochs)"),
-        ("kl_warmup_epochs", math.nan, "must not be negative (training.kl_warmup_epochs)"),
-        ("kl_warmup_epochs", math.inf, "must not be negative (training.kl_warmup_epochs)"),
+        ("kl_warmup_epochs", -0.5, "must not be negative (training.kl_warmup_epochs = "),
+        ("kl_warmup_epochs", math.nan, "must not be negative (training.kl_warmup_epochs = "),
+        ("kl_warmup_epochs", math.inf, "must not be negative (training.kl_warmup_epochs = "),
     ],
 )
 def test_settings_out_of_range(key: str, value: float, what: str) -> None:
     with pytest.raises(ConfigError) as caught:
         TrainingConfig(**{key: value})  # type: ignore[arg-type]
-    assert str(caught.value) == what
+    assert str(caught.value).startswith(what)
 
 
 def test_progress_survives_json() -> None:

@@ -45,8 +45,9 @@ class ConformalThreshold(NamedTuple):
         if rank(self.num_calibration, self.alpha) <= self.num_calibration:
             return None
         needed = math.ceil(1 / Fraction(repr(self.alpha))) - 1
+        plural = "image is" if self.num_calibration == 1 else "images are"
         return (
-            f"{self.num_calibration} calibration images are too few for alpha {self.alpha:g} (at least {needed}): "
+            f"{self.num_calibration} calibration {plural} too few for alpha {self.alpha:g} (at least {needed}): "
             "every set holds all classes"
         )
 

@@ -73,7 +73,7 @@ def check_every_class(splits: Sequence[Tensor], labels_N: Tensor, classes: Seque
         if counts_K.min() == 0:
             label = int(counts_K.argmin())
             raise DataError(
-                f"class has {_count(int((labels_N == label).sum()))}, too few for {len(splits)} splits",
+                f"class has {_count(int((labels_N == label).sum()))}, too few for one in each of {len(splits)} splits",
                 where=classes[label],
                 hint=f"add images, give the splits as folders of their own, or change {config_key}",
             )

@@ -139,7 +139,7 @@ def test_130_143_where_nothing_is_saved(
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_too_few_images_for_four_splits(run_cli: RunCli, workplace: Path, make_folder: MakeFolder, count: int) -> None:
     hint = "add images, give the splits as folders of their own, or change data.fractions"
-    text = f"class has {count} image{'s' * (count > 1)}, too few for 4 splits (cat): {hint}"
+    text = f"class has {count} image{'s' * (count > 1)}, too few for one in each of 4 splits (cat): {hint}"
     found = run_cli(TRAIN, photos=make_folder({"cat": count, "dog": count}))
     assert found == (3, "", f"{PREFIX}{text}\n")
     assert list(workplace.iterdir()) == []
@@ -188,7 +188,7 @@ def test_one_image_of_each_class_in_each_split(
     assert np.isfinite(nlls).all()
     code, out, err = run_cli("calibrate run")
     assert (code, err) == (0, "")
-    assert "1 calibration images are too few for alpha 0.1 (at least 9): every set holds all classes" in out
+    assert "1 calibration image is too few for alpha 0.1 (at least 9): every set holds all classes" in out
     assert "Too few test errors to compare the two models" in out
     code, out, _ = run_cli("predict {photos}/test/cat/0.png --run run --json", photos=photos)
     [row] = json.loads(out)["predictions"]

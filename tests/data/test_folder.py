@@ -138,7 +138,7 @@ def test_folders_beside_the_splits_are_mentioned(make_folder: MakeFolder) -> Non
         ({}, r"found 0 class folders, need at least 2 \(.*photos\): make one sub-folder of images per class"),
         ({"a": 9}, r"found 1 class folder, need at least 2"),
         ({"a": 9, "b": 0}, r"class folder has no image \(.*/b\)"),
-        ({"a": 9, "b": 5}, r"class has 5 images, too few for 4 splits \(b\): add images"),
+        ({"a": 9, "b": 5}, r"class has 5 images, too few for one in each of 4 splits \(b\): add images"),
         ({"val/a": 9, "test/a": 5}, r"there are splits but no train folder \(.*\): found test, val"),
         (SPLIT_LAYOUT | {"valid/cat": 1}, r"two folders for the validation split \(.*/valid\): the other is val"),
         ({"train/a": 9, "train/b": 9, "test": 0}, r"the test folder has no class folder"),

@@ -87,6 +87,6 @@ def test_every_class_in_every_split() -> None:
     with pytest.raises(DataError) as caught:
         check_every_class(stratified_split(few, DEFAULT, seed=0), few, ("cat", "dog"), "data.fractions")
     assert str(caught.value) == (
-        "class has 5 images, too few for 4 splits (dog): "
+        "class has 5 images, too few for one in each of 4 splits (dog): "
         "add images, give the splits as folders of their own, or change data.fractions"
     )
