@@ -28,7 +28,7 @@ def train(backbone: str, folder: Path, out: Path, *overrides: str, weights: str 
         weights=weights,
         epochs=1,
         devices="cpu",
-        overrides=("training.batch_size=16", *width, *overrides),
+        overrides=("training.batch_size=16", "optimizer.learning_rate=0.01", *width, *overrides),
         out=out,
     )
     assert set(summary["models"]) == {"deterministic", "bayesian"}
