@@ -1,4 +1,7 @@
-"""Downloads: files of the user's cache, fetched over https only and checked against a pinned SHA-256."""
+"""Downloads: files of the user's cache, fetched over https only and checked against a pinned SHA-256.
+
+What is checked is what is used: a file is read once, and the bytes that were hashed are the bytes that callers parse.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from bayesnet import storage
-from bayesnet.errors import BayesnetError, ConfigError, DataError
+from bayesnet.errors import BayesnetError, CheckpointError, ConfigError, DataError
 
 MAX_DOWNLOAD_BYTES = 4 * 2**30
 TIMEOUT_SECONDS = 30.0
@@ -23,6 +26,20 @@ TIMEOUT_SECONDS = 30.0
 _CHUNK_BYTES = 2**20
 _HASH = re.compile(r"[0-9a-f]{8,64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+
+
+class Fetched(NamedTuple):
+    """A file with the pinned hash.
+
+    Attributes:
+        path: Where it lies, for messages; by now it could be another file.
+        data: The bytes that were hashed.
+        sha256: Their SHA-256, all 64 digits.
+    """
+
+    path: Path
+    data: bytes
+    sha256: str
 
 
 def cache_folder() -> Path:
@@ -48,8 +65,11 @@ def fetch(
     sha256: str,
     file_name: str | None = None,
     error: type[BayesnetError] = DataError,
-) -> Path:
+) -> Fetched:
     """Return the file in ``folder`` that has the pinned hash, downloading it if it is not there.
+
+    A pin is worth its digits: 64 of them name one file, while 8 of them (32 bits) tell a damaged file from a whole one
+    but not an honest file from one that somebody took the trouble to make.
 
     Args:
         url: Where it comes from, https only; so are all redirects.
@@ -58,9 +78,13 @@ def fetch(
         file_name: Its name in ``folder``; by default the last part of the URL.
         error: What is raised when the file cannot be had.
 
+    Returns:
+        The file, at most 4 GiB, read once.
+
     Raises:
-        BayesnetError: Of type ``error``: there is no network, the server refuses, or the contents are not those that
-            are pinned. A file with another hash that is there already is refused, not replaced.
+        BayesnetError: Of type ``error``: there is no network, the server refuses, the file cannot be read, or the
+            contents are not those that are pinned. A file with another hash that is there already is refused, not
+            replaced.
         StorageError: The file system refused.
         ValueError: ``sha256`` or ``file_name`` is malformed.
     """
@@ -70,32 +94,17 @@ def fetch(
     path = folder / plain_name(name)
     with storage.storage_errors("cannot look into the folder", folder):
         is_there = path.exists()
-    if is_there:
-        found = file_hash(path)
-        if not found.startswith(sha256):
-            hint = f"its SHA-256 is {found[: len(sha256)]}, not {sha256}; delete it to have it downloaded"
-            raise error("the file is not the one that is expected", where=path, hint=hint)
-        return path
-    help_yourself = f"put {name} into {folder} yourself"
-    if urllib.parse.urlsplit(url).scheme != "https":
-        raise error("only https is downloaded from", where=url, hint=help_yourself)
-    with storage.storage_errors("cannot keep the download", path):
-        storage.make_directories(folder)
-        storage.remove_stale(folder)
-        temporary = folder / storage.temporary_name()
-        try:
-            with temporary.open("xb") as file:
-                found = _copy(_chunks(url, help_yourself, error), file)
-            if not found.startswith(sha256):
-                reason = f"its SHA-256 is {found[: len(sha256)]}, not {sha256}"
-                raise error("the download is not the file that is expected", where=url, hint=reason)
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        storage.sync_directory(folder)
-    return path
+    if not is_there:
+        _download(url, path, sha256, error)
+    try:
+        data = storage.read_bytes(path.resolve(), max_bytes=MAX_DOWNLOAD_BYTES)
+    except CheckpointError as caught:
+        raise error(caught.what, where=path, hint=caught.hint) from caught
+    found = hashlib.sha256(data).hexdigest()
+    if not found.startswith(sha256):
+        hint = f"its SHA-256 is {found[: len(sha256)]}, not {sha256}; delete it to have it downloaded"
+        raise error("the file is not the one that is expected", where=path, hint=hint)
+    return Fetched(path, data, found)
 
 
 def plain_name(name: str) -> str:
@@ -103,12 +112,6 @@ def plain_name(name: str) -> str:
     if _FILE_NAME.fullmatch(name) is None:
         raise ValueError(f"not a plain file name: {name!r}")
     return name
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file's contents."""
-    with storage.storage_errors("cannot read the file", path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
@@ -131,6 +134,30 @@ class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
         if urllib.parse.urlsplit(newurl).scheme != "https":
             raise urllib.error.URLError(f"it redirects to {newurl}, which is not https")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _download(url: str, path: Path, sha256: str, error: type[BayesnetError]) -> None:
+    """Put the file that ``url`` gives at ``path``, whole and with the pinned hash, or nothing."""
+    folder = path.parent
+    help_yourself = f"put {path.name} into {folder} yourself"
+    if urllib.parse.urlsplit(url).scheme != "https":
+        raise error("only https is downloaded from", where=url, hint=help_yourself)
+    with storage.storage_errors("cannot keep the download", path):
+        storage.make_directories(folder)
+        storage.remove_stale(folder)
+        temporary = folder / storage.temporary_name()
+        try:
+            with temporary.open("xb") as file:
+                found = _copy(_chunks(url, help_yourself, error), file)
+            if not found.startswith(sha256):
+                reason = f"its SHA-256 is {found[: len(sha256)]}, not {sha256}"
+                raise error("the download is not the file that is expected", where=url, hint=reason)
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        storage.sync_directory(folder)
 
 
 def _open_url(url: str) -> IO[bytes]:

@@ -103,7 +103,7 @@ def trace_elbo(model: PyroProgram, guide: PyroProgram, *args: Tensor, closed_for
         divergence = _closed_form_kl(guide_site, site) if closed_form_kl else None
         kl_is_exact = kl_is_exact and divergence is not None
         kl = kl + (guide_site["log_prob_sum"] - site["log_prob_sum"] if divergence is None else divergence)
-    for name in guide_sites.keys() - model_sites.keys():
+    for name in [name for name in guide_sites if name not in model_sites]:  # in order: a float sum depends on it
         kl, kl_is_exact = kl + guide_sites[name]["log_prob_sum"], False
     return ElboTerms(log_likelihood, kl, kl_is_exact, model_trace.nodes["_RETURN"]["value"])
 

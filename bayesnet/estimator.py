@@ -9,31 +9,38 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
 from bayesnet.calibration import prediction_sets, threshold_from_json
-from bayesnet.config import merge, require
-from bayesnet.data import Examples, FileExamples, ImageData, Preprocessing
-from bayesnet.data.images import image_paths
-from bayesnet.data.python_data import class_labels, from_python, loader_batch_size, read_labels, unlabelled
+from bayesnet.config import require
+from bayesnet.data import ImageData
+from bayesnet.data.labels import label_list
+from bayesnet.data.python_data import from_python, loader_batch_size
 from bayesnet.engine import Engine
-from bayesnet.errors import CheckpointError, StorageError
+from bayesnet.errors import DataError, InterruptedRunError, StorageError
 from bayesnet.inference.base import GuideFactory
 from bayesnet.optim import OptimizerFactory
 from bayesnet.predictive import Predictor, interval_kind
 from bayesnet.rundir import RunDirectory, find_run
-from bayesnet.settings import TWIN, Settings, build_settings, read_config
+from bayesnet.settings import Settings
 from bayesnet.types import Interval, JsonObject, Summary
 from bayesnet.workflows import TrainListener, calibrate
+from bayesnet.workflows.python_side import (
+    checked_path,
+    fit_settings,
+    held_out_digest,
+    images_of,
+    loaded_arguments,
+    read_labels,
+)
 from bayesnet.workflows.trained import (
     PYTHON_DATA,
     UserCode,
@@ -44,8 +51,6 @@ from bayesnet.workflows.trained import (
     trained_names,
 )
 from bayesnet.workflows.training_run import resume_run, start_run
-
-LABELS_FILE = "labels.json"
 
 
 class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] # scikit-learn has no types
@@ -134,33 +139,62 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         Raises:
             BayesnetError: One of its children, for anything the caller can fix.
         """
-        settings = self._settings(X)
+        if y is not None and not hasattr(y, "__len__"):
+            y = list(y)  # a generator can be read once only
+        batch_size = loader_batch_size(X) if self.batch_size is None else self.batch_size
+        settings = fit_settings(
+            X,
+            family=self.family,
+            backbone=self.backbone,
+            guide=self.guide,
+            optimizer=self.optimizer,
+            training={"epochs": self.epochs, "batch_size": batch_size, "seed": self.seed, "twin": self.twin},
+            devices=self.devices,
+            settings=self.settings,
+        )
         user = self._user_code()
-        self._data = None
+        data = None
         if not isinstance(X, str):
-            self._data = from_python(
-                X, y, validation=validation, calibration=calibration, test=test, config=settings.data
-            )
+            data = from_python(X, y, validation=validation, calibration=calibration, test=test, config=settings.data)
         if resume:
             require(self.out is not None, "resume needs the run directory", where="out", hint="give out=... again")
             summary = resume_run(
-                str(self.out),
-                data=self._data,
+                checked_path(self.out, "out"),
+                data=data,
                 user=user,
+                settings=settings,
                 devices=self.devices,
+                workers=settings.data.workers,
                 listener=listener,
                 stop_signal=stop_signal,
             )
         else:
-            out = self.out if self.out is not None else self._temporary_folder() / "run"
-            summary = start_run(
-                settings, data=self._data, user=user, out=out, listener=listener, stop_signal=stop_signal
-            )
-        run = RunDirectory.open(Path(summary["run"]))
-        if self._data is not None:
-            _write_labels(run, class_labels(read_labels(X, y)))
-        self._take(run, None)
+            out = self._temporary_folder() / "run" if self.out is None else checked_path(self.out, "out")
+            summary = self._start(settings, data, user, out, listener, stop_signal)
+        self._take(RunDirectory.open(Path(summary["run"])), None)
+        self._data, self._digest = data, held_out_digest(data)
         return self
+
+    def _start(
+        self,
+        settings: Settings,
+        data: ImageData | None,
+        user: UserCode,
+        out: Path,
+        listener: TrainListener | None,
+        stop_signal: Callable[[], int | None],
+    ) -> JsonObject:
+        """Start a run; its summary."""
+        used = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        hint = "give another one, or fit(..., resume=True)"
+        require(not used, "the run directory is not empty", where=f"{out}", hint=hint)
+        try:
+            return start_run(settings, data=data, user=user, out=out, listener=listener, stop_signal=stop_signal)
+        except InterruptedRunError as error:
+            if self.out is not None:
+                raise
+            hint = "the run is gone: give out=... to keep an interrupted fit and to resume it"
+            raise InterruptedRunError(error.exit_code - 128, hint=hint) from None
 
     def predict(self, X: object) -> NDArray[Any]:
         """Return the most probable label of each image (N,).
@@ -202,8 +236,9 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
             NotFittedError: `fit` has not run.
         """
         self._check_fitted()
-        require(0 < level < 1, "must lie between 0 and 1", where=f"level = {level}")
-        examples = _unlabelled(X, self._preprocessing)
+        valid = isinstance(level, int | float) and 0 < level < 1
+        require(valid, "must lie between 0 and 1", where=f"level = {level!r}")
+        examples = images_of(X, self._preprocessing)
         chunks = list(self._predictor.summaries(examples, level))
         return Summary(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
 
@@ -225,9 +260,28 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         labels = self.classes_.tolist()
         return [[label for label, inside in zip(labels, row, strict=True) if inside] for row in members_NK]
 
-    def score(self, X: object, y: Sequence[Any] | NDArray[Any] | Tensor) -> float:
-        """Return the accuracy on images and their labels."""
-        return float(np.mean(self.predict(X) == np.asarray(y)))
+    def score(
+        self, X: object, y: Sequence[Any] | NDArray[Any] | Tensor, sample_weight: NDArray[np.float64] | None = None
+    ) -> float:
+        """Return the accuracy on images and their labels; a label that the classifier does not know counts as wrong.
+
+        Args:
+            X: As for `predict`.
+            y: Labels (N,).
+            sample_weight: Weights (N,) of the images; equal where None.
+
+        Raises:
+            DataError: There is not one label per image, or the classifier knows none of them.
+        """
+        labels, known = label_list(y, "y"), set(self._fitted_classes().tolist())
+        predicted = self.predict(X).tolist()
+        if len(labels) != len(predicted):
+            raise DataError("expected one label per image", where=f"{len(predicted)} images, {len(labels)} labels")
+        if not known & set(labels):
+            hint = f"it has {', '.join(map(repr, list(known)[:5]))}"
+            raise DataError("the classifier knows none of these labels", where=f"y[0] = {labels[0]!r}", hint=hint)
+        right = np.array([guess == label for guess, label in zip(predicted, labels, strict=True)])
+        return float(np.average(right, weights=sample_weight))
 
     def calibrate(self, alpha: float = 0.1) -> JsonObject:
         """Fit the temperature and the conformal threshold on the calibration split, and use them from now on.
@@ -245,6 +299,8 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         data: ImageData | None = getattr(self, "_data", None)
         gone = data is None and self._python_data
         require(not gone, "the data were given to fit and are gone", where=f"{self.run_}", hint="fit again")
+        if data is not None and held_out_digest(data) != self._digest:
+            raise DataError("the data have changed since fit", where="calibration or test", hint="give fit a copy")
         record = calibrate(self.run_, alpha=alpha, devices=self.devices, data=data, user=self._user_code())
         self._take(RunDirectory.open(self.run_), self._model_name)
         return record
@@ -259,7 +315,9 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
             StorageError: It cannot be written, or is not empty.
         """
         self._check_fitted()
-        target = Path(path)
+        target = checked_path(path, "path")
+        if not self.run_.is_dir():
+            raise StorageError("the run directory is gone", where=self.run_, hint="fit again, with out=...")
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise StorageError("not an empty directory", where=target, hint="choose another path")
         try:
@@ -268,22 +326,14 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
             raise StorageError("cannot copy the run", where=target, hint=str(error)) from error
         return target
 
-    def _settings(self, X: object) -> Settings:
-        """Return the settings of a new run: the recipe for own images without its augmentation, then the arguments."""
-        family = "guide" if self.guide is not None else self.family
-        mapping = read_config(f"folder/{TWIN if family == TWIN else 'mean_field'}")
-        batch_size = self.batch_size or loader_batch_size(X)
-        training = {"epochs": self.epochs, "batch_size": batch_size, "seed": self.seed, "twin": self.twin}
-        own_module = isinstance(self.backbone, nn.Module)
-        plain = {"spec": PYTHON_DATA, "crop_padding": 0, "flip": False}
-        arguments = {
-            "data": {"spec": X} if isinstance(X, str) else plain,
-            "backbone": {"name": "custom" if own_module else self.backbone},
-            "training": {key: value for key, value in training.items() if value is not None},
-            "engine": {"devices": self.devices},
-        }
-        inference = {"family": family} if self.guide is None else {"family": family, "guide": "custom"}
-        return build_settings(merge(merge(mapping | {"inference": inference}, arguments), self.settings or {}))
+    def _user_code(self) -> UserCode:
+        module = self.backbone if isinstance(self.backbone, nn.Module) else None
+        return UserCode(backbone=module, guide=self.guide, optimizer=self.optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickling keeps: a fitted classifier predicts again elsewhere; its training data stay behind."""
+        state = dict(super().__getstate__())
+        return {key: value for key, value in state.items() if key not in ("_data", "_digest")}
 
     def _temporary_folder(self) -> Path:
         """Return a new folder that is removed with this object."""
@@ -291,24 +341,25 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return Path(folder)
 
-    def _user_code(self) -> UserCode:
-        module = self.backbone if isinstance(self.backbone, nn.Module) else None
-        return UserCode(backbone=module, guide=self.guide, optimizer=self.optimizer)
-
     def _take(self, run: RunDirectory, model: str | None) -> None:
         """Take up the trained model of a run, with its calibration if there is one."""
         self.summary_ = read_finished(run)
         names = trained_names(self.summary_, run.path)
         require(model is None or model in names, f"the run has {', '.join(names)}", where=f"model = {model}")
-        trained = load_model(run, model or names[-1], self._user_code())
+        trained = load_model(run, model or names[-1], self._user_code()._replace(optimizer=None))
         record = load_calibration(run, trained)
         calibrator = None if record is None else record_calibrator(run, record)
         self.run_, self._model_name = run.path, trained.name
-        self.classes_ = _read_labels(run, trained.classes)
+        self.classes_ = read_labels(run, trained.classes)
         self._preprocessing = trained.preprocessing
         self._python_data = trained.settings.data.spec == PYTHON_DATA
         self._threshold = None if record is None else threshold_from_json(record["threshold"])
         self._predictor: Predictor = trained.predictor(Engine.for_one(self.devices), calibrator=calibrator)
+
+    def _fitted_classes(self) -> NDArray[Any]:
+        """Return ``classes_`` of a fitted classifier."""
+        self._check_fitted()
+        return self.classes_
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "_predictor"):
@@ -336,49 +387,14 @@ def load(
         CheckpointError: The run is missing, damaged, or needs code that was not given.
         DeviceError: The device does not exist.
     """
-    directory = find_run(run)
+    directory = find_run(None if run is None else checked_path(run, "run"))
     names = trained_names(read_finished(directory), directory.path)
     require(model is None or model in names, f"the run has {', '.join(names)}", where=f"model = {model}")
-    settings = load_model(directory, model or names[-1], UserCode(backbone=backbone, guide=guide)).settings
-    classifier = BayesNetClassifier(
-        family=settings.inference.family,
-        backbone=backbone if backbone is not None else settings.backbone.name,
-        guide=guide,
-        epochs=settings.training.epochs,
-        batch_size=settings.training.batch_size,
-        seed=settings.training.seed,
-        devices=devices,
-        twin=settings.training.twin,
-        settings={"data": {"crop_padding": settings.data.crop_padding, "flip": settings.data.flip}},
-    )
-    classifier._take(directory, model)
+    name = model or names[-1]
+    settings = load_model(directory, name, UserCode(backbone, guide if name == "bayesian" else None)).settings
+    arguments = loaded_arguments(settings)
+    if backbone is not None:
+        arguments["backbone"] = backbone
+    classifier = BayesNetClassifier(**arguments, guide=guide, devices=devices)
+    classifier._take(directory, name)
     return classifier
-
-
-def _unlabelled(X: object, preprocessing: Preprocessing) -> Examples:
-    """Return images to predict: files where paths are given, else whatever `unlabelled` takes."""
-    paths = [X] if isinstance(X, str | Path) else X
-    if isinstance(paths, Sequence) and paths and all(isinstance(path, str | Path) for path in paths):
-        files = image_paths(paths)
-        return FileExamples(files, torch.zeros(len(files), dtype=torch.int64), preprocessing)
-    return unlabelled(X, preprocessing)
-
-
-def _write_labels(run: RunDirectory, labels: Sequence[Hashable]) -> None:
-    """Keep what the labels were before they became the names of classes; whole numbers and texts alone come back."""
-    kept = all(isinstance(label, str) or type(label) is int for label in labels)
-    run.write_json(LABELS_FILE, {"labels": list(labels) if kept else [str(label) for label in labels]})
-
-
-def _read_labels(run: RunDirectory, classes: Sequence[str]) -> NDArray[Any]:
-    """Return the labels (K,) in class order: those of `fit`, or the names of the classes.
-
-    Raises:
-        CheckpointError: The file is damaged or does not belong to these classes.
-    """
-    labels: object = list(classes)
-    if (run.path / LABELS_FILE).exists():
-        labels = run.read_json(LABELS_FILE).get("labels")
-    if not isinstance(labels, list) or [str(label) for label in labels] != list(classes):
-        raise CheckpointError("the labels differ from the run's classes", where=run.path / LABELS_FILE)
-    return np.array(labels)

@@ -36,16 +36,24 @@ PriorName = Literal["normal", "laplace", "student_t"]
 PriorFactory = Callable[[Tensor, Tensor], dist.TorchDistribution]
 """From location and scale, both (K, D + 1), to a distribution over a tensor of that shape."""
 
-PRIORS: Registry[PriorFactory] = Registry(
-    "prior",
-    {
-        "normal": lambda loc, scale: dist.Normal(loc, scale, validate_args=False),
-        "laplace": lambda loc, scale: dist.Laplace(loc, scale, validate_args=False),
-        "student_t": lambda loc, scale: dist.StudentT(
-            torch.full_like(loc, STUDENT_T_DF), loc, scale, validate_args=False
-        ),
-    },
-)
+
+def _normal(loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+    prior: dist.TorchDistribution = dist.Normal(loc, scale, validate_args=False)
+    return prior
+
+
+def _laplace(loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+    prior: dist.TorchDistribution = dist.Laplace(loc, scale, validate_args=False)
+    return prior
+
+
+def _student_t(loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+    prior: dist.TorchDistribution = dist.StudentT(torch.full_like(loc, STUDENT_T_DF), loc, scale, validate_args=False)
+    return prior
+
+
+# Functions with names, so that a model can be pickled.
+PRIORS: Registry[PriorFactory] = Registry("prior", {"normal": _normal, "laplace": _laplace, "student_t": _student_t})
 """Priors of the head's weights, independent, centred at 0. The scale is the standard deviation of the normal; the
 Laplace's is sqrt(2) times its scale, the Student-t's (4 degrees of freedom) also."""
 

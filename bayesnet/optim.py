@@ -7,6 +7,7 @@ optimizer keeps the scale that it started with: a constant, not an inference.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from bayesnet.config import require
 from bayesnet.errors import CheckpointError
 from bayesnet.inference.base import Posterior
+from bayesnet.types import JsonObject
 
 PREFIX = "optimizer/"
 NUMBER = ":number"
@@ -34,7 +36,8 @@ class OptimizerConfig:
     """Optimizers and their schedule.
 
     Attributes:
-        name: "sgd" (Nesterov momentum) or "adamw", for all parameters that are not variational.
+        name: "sgd" (Nesterov momentum) or "adamw", for all parameters that are not variational; "custom" is an
+            optimizer given from Python.
         learning_rate: Its peak learning rate.
         momentum: Of SGD.
         weight_decay: On weights; not on biases and normalisation parameters, and never on variational parameters.
@@ -48,7 +51,7 @@ class OptimizerConfig:
         variational_learning_rate: Adam's peak learning rate on the variational parameters.
     """
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw", "custom"] = "sgd"
     learning_rate: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -84,8 +87,12 @@ def build_optimizers(
             "weight_decay". Its learning rates are its own; the schedule scales them.
 
     Raises:
-        ConfigError: The factory gives no optimizer, or one of other parameters.
+        ConfigError: The factory gives no optimizer, one of other parameters, or one that needs a closure; or the
+            configuration names an optimizer of the caller's own and there is no factory.
     """
+    what = "the optimizer is the caller's own"
+    given = config.name != "custom" or factory is not None
+    require(given, what, where="optimizer.name = custom", hint="give it again: BayesNetClassifier(optimizer=...)")
     variational = list(posterior.variational_parameters())
     taken = {id(parameter) for parameter in variational}
     others = [p for p in posterior.parameters() if p.requires_grad and id(p) not in taken]
@@ -117,6 +124,10 @@ def _checked(optimizer: object, parameters: Sequence[nn.Parameter]) -> Optimizer
     owned = sorted(id(p) for group in optimizer.param_groups for p in group["params"])
     what = "the optimizer factory must own the parameters that it was given, each once"
     require(owned == sorted(map(id, parameters)), what, where=type(optimizer).__name__)
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    needs_closure = closure is not None and closure.default is inspect.Parameter.empty
+    require(not needs_closure, "the optimizer needs a closure, which training has not", where=type(optimizer).__name__)
+    group_entries([optimizer])  # raises for what a checkpoint could not hold
     return optimizer
 
 
@@ -175,6 +186,51 @@ def optimizer_tensors(module: nn.Module, optimizers: Sequence[Optimizer]) -> dic
     return tensors
 
 
+def group_entries(optimizers: Sequence[Optimizer]) -> JsonObject:
+    """Return what each optimizer keeps in its parameter groups, but for parameters and rates, which the schedule sets.
+
+    Returns:
+        ``classes``, the optimizers' names, and ``groups``: per optimizer and group, entry to plain value.
+
+    Raises:
+        ConfigError: An entry is no number, text or list of these: it could not be resumed.
+    """
+    groups: list[list[JsonObject]] = []
+    for optimizer in optimizers:
+        groups.append([])
+        for group in optimizer.param_groups:
+            entries = {key: value for key, value in group.items() if key not in ("params", "lr")}
+            for key, value in entries.items():
+                items = value if isinstance(value, tuple | list) else [value]
+                plain = all(item is None or isinstance(item, bool | int | float | str) for item in items)
+                where = f"{type(optimizer).__name__}, {key}: {type(value).__name__}"
+                what = "the optimizer keeps an entry that a checkpoint cannot hold"
+                require(plain, what, where=where, hint="use one whose groups hold numbers and texts")
+            groups[-1].append({k: list(v) if isinstance(v, tuple) else v for k, v in entries.items()})
+    return {"classes": [type(optimizer).__name__ for optimizer in optimizers], "groups": groups}
+
+
+def restore_groups(optimizers: Sequence[Optimizer], entries: object) -> None:
+    """Put back what `group_entries` gave.
+
+    Raises:
+        CheckpointError: The checkpoint was made by other optimizers.
+    """
+    try:
+        assert isinstance(entries, dict)
+        classes, saved = list(entries["classes"]), entries["groups"]
+        found = [type(optimizer).__name__ for optimizer in optimizers]
+        if classes != found:
+            hint = f"give {', '.join(classes)} again"
+            raise CheckpointError("the checkpoint was made by another optimizer", where=", ".join(found), hint=hint)
+        for optimizer, groups in zip(optimizers, saved, strict=True):
+            for group, values in zip(optimizer.param_groups, groups, strict=True):
+                for key, value in values.items():
+                    group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+    except (AssertionError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError("malformed optimizer entries in the checkpoint", hint=str(error) or None) from error
+
+
 def restore_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]) -> None:
     """Put back the state that `optimizer_tensors` gave; the optimizers place it on their parameters' devices.
 
@@ -193,7 +249,8 @@ def restore_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], tenso
         for index, (name, parameter) in enumerate(_owned(module, optimizer)):
             values = saved.pop(name, {})
             tensors_of = [value for value in values.values() if isinstance(value, Tensor)]
-            if any(t.dim() and t.shape != parameter.shape for t in tensors_of):
+            ours = isinstance(optimizer, SGD | Adam)  # a user's state may have any shape
+            if ours and any(t.dim() and t.shape != parameter.shape for t in tensors_of):
                 raise CheckpointError("optimizer state does not fit the model", where=name)
             if values:
                 state[index] = values

@@ -152,8 +152,12 @@ class Progress:
     reports: list[EpochReport] = field(default_factory=list)
 
     def is_finished(self, training: TrainingConfig) -> bool:
-        """Return whether all epochs are done, or none of the last ``training.patience`` was better."""
-        out_of_patience = 0 < training.patience <= self.epoch - self.best_epoch
+        """Return whether all epochs are done, or none of the last ``training.patience`` was better.
+
+        While the KL is warmed up, nobody gets impatient: those epochs are judged by another bound.
+        """
+        since = max(self.best_epoch, math.ceil(training.kl_warmup_epochs))
+        out_of_patience = 0 < training.patience <= self.epoch - since
         return self.epoch >= training.epochs or out_of_patience
 
     def to_json(self) -> JsonObject:

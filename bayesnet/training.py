@@ -27,7 +27,9 @@ from bayesnet.optim import (
     OptimizerConfig,
     OptimizerFactory,
     build_optimizers,
+    group_entries,
     optimizer_tensors,
+    restore_groups,
     restore_optimizers,
     schedule_factor,
 )
@@ -41,6 +43,9 @@ MODEL_PREFIX = "model/"
 
 class Listener:
     """Hears of progress; the default does nothing."""
+
+    def on_note(self, text: str) -> None:
+        """Called with a plain sentence that the user should see."""
 
     def on_step(self, step: int, num_steps: int) -> None:
         """Called after each optimisation step."""
@@ -95,8 +100,9 @@ def fit(
     # The caller's random state is left as it was: a fit is a function of its seed.
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
         trainer.start(resume)
-        with profiled(profile, engine.device) as profiler:
-            trainer.run(validate, listener or Listener(), stop_signal, profiler)
+        listener = listener or Listener()
+        with profiled(profile, engine.device, listener.on_note) as profiler:
+            trainer.run(validate, listener, stop_signal, profiler)
     return trainer.result()
 
 
@@ -144,6 +150,7 @@ class _Trainer:
         self.kl.fill_(self.progress.kl)
         restore_model(self.posterior, resume)
         restore_optimizers(self.posterior, self.optimizers, resume.tensors)
+        restore_groups(self.optimizers, resume.state.get("optimizers"))
         self.set_schedule(self.progress.step - 1)  # for the report, where the epoch's last step was the last one taken
         device = self.engine.device
         if f"rng/{device.type}" in resume.tensors:
@@ -245,10 +252,11 @@ class _Trainer:
         """
         name = first_non_finite(self.posterior.state_dict())
         if name is not None or not bool(torch.isfinite(self.nll_sum + self.kl)):
+            kept = "; earlier checkpoints are kept" if self.progress.epoch else ""
             raise DivergedError(
                 "training diverged",
                 where=f"epoch {self.progress.epoch + 1}, {name or 'loss'}",
-                hint="lower optimizer.learning_rate or raise optimizer.warmup_epochs; earlier checkpoints are kept",
+                hint=f"lower optimizer.learning_rate, or what else is large; raise optimizer.warmup_epochs{kept}",
             )
 
     def save(self) -> Path:
@@ -259,7 +267,8 @@ class _Trainer:
         tensors |= optimizer_tensors(self.posterior, self.optimizers)
         device = self.engine.device
         tensors[f"rng/{device.type}"] = random_state(device)
-        state = {**self.metadata, "progress": self.progress.to_json()}
+        optimizers = group_entries(self.optimizers)
+        state = {**self.metadata, "progress": self.progress.to_json(), "optimizers": optimizers}
         return save_checkpoint(self.directory, self.progress.step, tensors, state)
 
     def result(self) -> FitResult:

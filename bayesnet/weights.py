@@ -1,17 +1,21 @@
 """The one door for what others made: downloads, weights that `torch.save` wrote, and arrays in pickles.
 
-A download is taken over https only and checked against a pinned SHA-256 before it gets its name. Weights are read once
-by the restricted loader of torch and then kept as safetensors. Pickled arrays are read by an unpickler that knows four
-names and builds them itself. Nowhere else in the library is anything unpickled.
+A download is taken over https only and checked against a pinned SHA-256; the bytes that were hashed are those that are
+parsed. Weights are read once by the restricted loader of torch and then kept as safetensors. Pickled arrays are read by
+an unpickler that calls nothing: it knows four names and builds arrays itself. Nowhere else in the library is anything
+unpickled. What comes out of a file of weights has no more bytes than the file; torch's loader may use more meanwhile.
 """
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import io
 import pickle
+import struct
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,15 +26,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bayesnet import storage
-from bayesnet.download import cache_folder, fetch, file_hash, plain_name
+from bayesnet.download import Fetched, cache_folder, fetch, plain_name
 from bayesnet.errors import BayesnetError, CheckpointError, DataError
 from bayesnet.strict_json import parse_json
 
-__all__ = ["cache_folder", "fetch", "pretrained", "read_arrays", "read_state_dict"]
+__all__ = ["Fetched", "cache_folder", "fetch", "pretrained", "read_arrays", "read_state_dict"]
 
 MAX_WEIGHTS_BYTES = 8 * 2**30
 MAX_ARRAYS_BYTES = 2**28
 MAX_HEADER_BYTES = 10_000_000
+MAX_OPCODE_BYTES = 2**21
+MAX_REPEATED_BYTES = 2**20
 
 _MAX_DEPTH = 8
 _WRAPPINGS = ("state_dict", "model_state_dict", "model")
@@ -41,6 +47,9 @@ _REFUSED = (
     + pickle.PERSID + pickle.BINPERSID + pickle.BYTEARRAY8 + pickle.NEXT_BUFFER + pickle.READONLY_BUFFER
 )  # fmt: skip
 _SCALARS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8")
+# What torch's loader would call, and what makes something of any size out of a few bytes; no weights need it.
+_ALLOCATING = (b"\nbytearray\n", b"\n_rebuild_device_tensor_from_", b"c_codecs\nencode\n")
+_ZIP_END, _ZIP64_END, _ZIP64_LOCATOR = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -50,20 +59,20 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     entry ``state_dict``, ``model_state_dict`` or ``model`` of another dictionary, whose other entries are ignored. If
     all names begin with ``module.``, which data-parallel training puts there, that is taken off.
 
+    Reading an honest file takes up to twice its size in memory.
+
     Args:
         path: The file; a link to it will do.
 
     Raises:
-        CheckpointError: It is missing, larger than 8 GiB, or anything else, such as a whole pickled model.
+        CheckpointError: It is missing, larger than 8 GiB, or anything else, such as a whole pickled model; or its
+            tensors have together more bytes than the file, as tensors that repeat the same numbers do.
     """
     try:
         data = storage.read_bytes(path.resolve(), max_bytes=MAX_WEIGHTS_BYTES)
     except RuntimeError as error:  # a loop of links
         raise CheckpointError("cannot read the file: too many links", where=path) from error
-    tensors = _from_safetensors(data, path) if data[8:9] == b"{" else _from_torch(data, path)
-    if tensors and all(name.startswith(_PREFIX) for name in tensors):
-        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    return tensors
+    return _state_dict(data, path)
 
 
 def pretrained(url: str, *, sha256: str, name: str) -> dict[str, Tensor]:
@@ -93,9 +102,11 @@ def pretrained(url: str, *, sha256: str, name: str) -> dict[str, Tensor]:
                 raise CheckpointError("SHA-256 differs from the recorded one", where=converted, hint="delete it")
             return _from_safetensors(data, converted)
     source = fetch(url, folder, sha256=sha256, error=CheckpointError)
-    tensors = read_state_dict(source)
+    hashes = {"source_sha256": source.sha256}
+    tensors = _state_dict(source.data, source.path)
+    del source  # its bytes, before as many are made for the copy
     data = safetensors.torch.save(tensors)
-    hashes = {"source_sha256": file_hash(source), "sha256": hashlib.sha256(data).hexdigest()}
+    hashes["sha256"] = hashlib.sha256(data).hexdigest()
     storage.write_bytes(converted, data)
     storage.write_json(record_path, {"url": url, **hashes})  # last: without it the conversion does not count
     return tensors
@@ -129,14 +140,22 @@ def read_arrays(data: bytes) -> object:
         raise DataError("not a pickle of arrays", hint=f"{type(error).__name__}: {error}") from error
 
 
+def _state_dict(data: bytes, where: Path) -> dict[str, Tensor]:
+    """Return the weights in the contents of a file."""
+    tensors = _from_safetensors(data, where) if data[8:9] == b"{" else _from_torch(data, where)
+    if tensors and all(name.startswith(_PREFIX) for name in tensors):
+        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
 def _from_safetensors(data: bytes, where: Path) -> dict[str, Tensor]:
-    """Return the tensors; the header must name none twice (safetensors takes the last)."""
+    """Return the tensors, sorted by name; the header must name none twice (safetensors takes the last)."""
     length = int.from_bytes(data[:8], "little")
     if length > MAX_HEADER_BYTES or len(data) < 8 + length:
         raise CheckpointError("header of the safetensors file is too long or cut off", where=where)
     parse_json(data[8 : 8 + length], where=where)
     try:
-        return safetensors.torch.load(data)
+        return dict(sorted(safetensors.torch.load(data).items()))  # it gives them in a random order
     except MemoryError:
         raise
     except Exception as error:  # the decoder's errors are of many types, none of them documented
@@ -144,24 +163,49 @@ def _from_safetensors(data: bytes, where: Path) -> dict[str, Tensor]:
 
 
 def _from_torch(data: bytes, where: Path) -> dict[str, Tensor]:
-    """Return the tensors of a state dict, as new memory of their own."""
+    """Return the tensors of a state dict."""
     try:
         if data[:4] == b"PK\x03\x04":
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                # torch.save compresses nothing; something that is compressed could be of any size.
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise CheckpointError("archive is compressed, torch.save makes no such files", where=where)
-        loaded: object = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            _check_archive(data, where)
+        if any(name in data for name in _ALLOCATING):
+            raise CheckpointError("holds bytes or tensors of another device", where=where, hint="save weights alone")
+        with warnings.catch_warnings():  # of a protocol that torch does not write: what matters is whether it reads it
+            warnings.simplefilter("ignore")
+            loaded: object = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (MemoryError, CheckpointError):
         raise
     except Exception as error:  # as above
         hint = "it must be safetensors, or a state dict that torch.save wrote"
         raise CheckpointError("not a file of weights", where=where, hint=hint) from error
-    return _tensors_of(loaded, where)
+    return _tensors_of(loaded, len(data), where)
 
 
-def _tensors_of(loaded: object, where: Path) -> dict[str, Tensor]:
-    """Return the state dict in what was loaded: every entry a dense tensor on the CPU, in all at most 8 GiB."""
+def _check_archive(data: bytes, where: Path) -> None:
+    """Refuse a zip archive that holds more than its own bytes: compressed, overlapping or listed twice.
+
+    Readers of zip look for the list of entries in different ways. So that torch finds the one that is checked here, it
+    has to be where `torch.save` puts it: followed by the end records, and these by nothing.
+    """
+    end = len(data) - 22
+    is_plain = data[end : end + 4] == _ZIP_END and data[-2:] == b"\0\0"  # no comment
+    size, offset = struct.unpack_from("<II", data, end + 12)
+    if data[end - 20 : end - 16] == _ZIP64_LOCATOR:
+        [pointer] = struct.unpack_from("<Q", data, end - 12)
+        end -= 20 + 56
+        size, offset = struct.unpack_from("<QQ", data, end + 40)
+        is_plain &= pointer == end and data[end : end + 4] == _ZIP64_END
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError("archive is compressed, torch.save makes no such files", where=where)
+    total, names = sum(entry.file_size for entry in entries), {entry.filename for entry in entries}
+    if not is_plain or offset + size != end or len(names) < len(entries) or total > len(data):
+        what = "entries of the archive overlap, or are not listed as torch.save lists them"
+        raise CheckpointError(what, where=where)
+
+
+def _tensors_of(loaded: object, num_bytes: int, where: Path) -> dict[str, Tensor]:
+    """Return the state dict in what was loaded from so many bytes: every entry a dense tensor with its own memory."""
     for wrapping in _WRAPPINGS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapping), Mapping):
             loaded = loaded[wrapping]
@@ -174,25 +218,56 @@ def _tensors_of(loaded: object, where: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not dense or tensor.device.type != "cpu":
             raise CheckpointError("entry of the state dict is not a dense tensor", where=where, hint=repr(name)[:80])
         size += tensor.numel() * tensor.element_size()  # what a copy takes: a view of one number can have any shape
-    if size > MAX_WEIGHTS_BYTES:
-        raise CheckpointError(f"weights have {size} bytes, more than {MAX_WEIGHTS_BYTES}", where=where)
-    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in loaded.items()}
+    if size > num_bytes + MAX_REPEATED_BYTES:
+        what = f"weights have {size} bytes, more than the file, which has {num_bytes}"
+        raise CheckpointError(what, where=where, hint="tensors in it repeat or share numbers; save copies of them")
+    taken: set[int] = set()
+    return {name: _own(tensor.detach(), taken) for name, tensor in loaded.items()}
+
+
+def _own(tensor: Tensor, taken: set[int]) -> Tensor:
+    """Return a contiguous tensor with memory of its own: itself, where it is all of a memory not yet taken."""
+    memory = tensor.untyped_storage()
+    is_all = tensor.is_contiguous() and memory.nbytes() == tensor.numel() * tensor.element_size()
+    if not is_all or memory.data_ptr() in taken:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    taken.add(memory.data_ptr())
+    return tensor
+
+
+class _Name(enum.Enum):
+    """What the names in a pickle stand for. None of them can be called, whatever the pickle does with it."""
+
+    RECONSTRUCT = enum.auto()
+    NDARRAY = enum.auto()
+    DTYPE = enum.auto()
+    ENCODE = enum.auto()
+
+
+_NAMES = {
+    ("numpy.core.multiarray", "_reconstruct"): _Name.RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _Name.RECONSTRUCT,
+    ("numpy", "ndarray"): _Name.NDARRAY,
+    ("numpy", "dtype"): _Name.DTYPE,
+    ("_codecs", "encode"): _Name.ENCODE,
+}
 
 
 class _Dtype:
     """Stands for numpy.dtype while a pickle is read."""
 
-    def __init__(self, code: str | bytes, align: object, copy: object) -> None:
-        self._code = _text(code)
-        self._order: str = "|"
+    __slots__ = ("_code", "_order")
+
+    def __init__(self, code: str | bytes) -> None:
+        self._code, self._order = _text(code), "|"
         if self._code not in _SCALARS:
             raise _refusal(self._code, "only numbers are read")
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def take(self, order: str | bytes, rest: Sequence[object]) -> None:
         """Take the byte order; names, fields and sub-arrays must not be there."""
-        self._order = _text(state[1])
-        if self._order not in ("|", "<", ">", "=") or any(each is not None for each in state[2:5]):
-            raise _refusal(state, "only numbers are read")
+        self._order = _text(order)
+        if self._order not in ("|", "<", ">", "=") or any(each is not None for each in rest[:3]):
+            raise _refusal(self._order, "only numbers are read")
 
     def resolve(self) -> np.dtype[Any]:
         """Return the type that it stands for."""
@@ -202,28 +277,47 @@ class _Dtype:
 class _Array:
     """Stands for numpy.ndarray while a pickle is read; it allocates nothing, whatever shape the pickle states."""
 
-    array: NDArray[Any] | None = None
+    __slots__ = ("array",)
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def __init__(self) -> None:
+        self.array: NDArray[Any] | None = None
+
+    def take(self, shape: Sequence[object], dtype: _Dtype, fortran: object, data: bytes) -> None:
         """Take the shape, type and bytes."""
-        _, shape, dtype, fortran, data = state
-        if not all(type(side) is int and side >= 0 for side in shape):
-            raise ValueError(f"shape {shape!r}")
-        self.array = np.frombuffer(data, dtype.resolve()).reshape(shape, order="F" if fortran else "C")
+        sides = [side for side in shape if type(side) is int and side >= 0]
+        if len(sides) < len(shape):
+            raise _refusal(shape, "a shape is numbers of at least 0")
+        self.array = np.frombuffer(data, dtype.resolve()).reshape(sides, order="F" if fortran else "C")
+
+
+class _Opcodes(io.BytesIO):
+    """A pickle that is read one byte, as opcodes are, a limited number of times: one byte can make an object."""
+
+    _left = MAX_OPCODE_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return that many bytes.
+
+        Raises:
+            DataError: The pickle is longer than any of arrays and labels.
+        """
+        self._left -= size == 1
+        if self._left < 0:
+            raise _refusal(f"{MAX_OPCODE_BYTES} opcodes", "it holds too many objects")
+        return super().read(size)
 
 
 class _ArrayUnpickler(pickle._Unpickler):
-    """Knows four names and gives stand-ins for them, made anew for each pickle.
+    """Knows four names and calls none of them: what may be made of them, it makes itself.
 
     The unpickler in C would size its table by the largest index that a pickle states, which can be any number.
     """
 
-    dispatch: ClassVar[dict[int, Any]] = {
-        opcode: load for opcode, load in pickle._Unpickler.dispatch.items() if opcode not in _REFUSED
-    }
+    stack: list[Any]
+    read: Callable[[int], bytes]
 
     def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data), encoding="bytes")
+        super().__init__(_Opcodes(data), encoding="bytes")
         self._left = MAX_ARRAYS_BYTES
 
     def find_class(self, module: str, name: str) -> object:
@@ -232,16 +326,34 @@ class _ArrayUnpickler(pickle._Unpickler):
         Raises:
             DataError: There is none.
         """
-        match module, name:
-            case (("numpy.core.multiarray" | "numpy._core.multiarray"), "_reconstruct"):
-                return lambda subtype, shape, code: _Array()
-            case "numpy", "ndarray":
-                return "ndarray"  # _reconstruct is given it and needs it not
-            case "numpy", "dtype":
-                return lambda code, align, copy: _Dtype(code, align, copy)
-            case "_codecs", "encode":
-                return lambda text, codec: self._encode(text, codec)
-        raise _refusal(f"{module}.{name}", "it names something that is no array")
+        if (module, name) not in _NAMES:
+            raise _refusal(f"{module}.{name}", "it names something that is no array")
+        return _NAMES[module, name]
+
+    def _reduce(self) -> None:
+        """Put what a name makes of arguments in their place, instead of calling what is there."""
+        arguments: object = self.stack.pop()
+        match self.stack[-1], arguments:
+            case _Name.RECONSTRUCT, (_, _, _):
+                made: object = _Array()
+            case _Name.DTYPE, (str() | bytes() as code, _, _):
+                made = _Dtype(code)
+            case _Name.ENCODE, (str() as text, str() | bytes() as codec):
+                made = self._encode(text, codec)
+            case name, _:
+                raise _refusal(name, "it calls something that is no array")
+        self.stack[-1] = made
+
+    def _build(self) -> None:
+        """Give a stand-in its state; nothing else has any."""
+        state: object = self.stack.pop()
+        match self.stack[-1], state:
+            case _Array() as array, (_, tuple() as shape, _Dtype() as dtype, fortran, bytes() as data):
+                array.take(shape, dtype, fortran, data)
+            case _Dtype() as dtype, (_, str() | bytes() as order, *rest):
+                dtype.take(order, rest)
+            case other, _:
+                raise _refusal(other, "it changes something that is no array")
 
     def _encode(self, text: str, codec: str | bytes) -> bytes:
         """Return the bytes that Python 3 writes as text in old protocols; in all no more than a pickle may have."""
@@ -249,6 +361,13 @@ class _ArrayUnpickler(pickle._Unpickler):
         if _text(codec) != "latin1" or self._left < 0:
             raise _refusal(codec, "only latin1 is encoded, of the size that a pickle may have")
         return text.encode("latin1")
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **{opcode: load for opcode, load in pickle._Unpickler.dispatch.items() if opcode not in _REFUSED},
+        pickle.REDUCE[0]: _reduce,
+        pickle.BUILD[0]: _build,
+        pickle.FRAME[0]: lambda self: self.read(8),  # a hint on how much to read ahead
+    }
 
 
 def _plain(value: object, done: dict[int, object], depth: int) -> object:

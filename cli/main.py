@@ -98,7 +98,7 @@ def _describe(error: BaseException) -> tuple[int, str]:
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         hint = f": see `{context.command_path} --help`" if context is not None else ""
-        return 2, printable(error.format_message().rstrip(".").replace("\n", " ")) + hint
+        return 2, printable(" ".join(error.format_message().split()).rstrip(".")) + hint
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return getattr(error, "exit_code", 130), str(error) or "interrupted"
     if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):

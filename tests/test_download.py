@@ -13,7 +13,7 @@ from typing import IO
 
 import pytest
 
-from bayesnet import download, weights
+from bayesnet import download, storage, weights
 from bayesnet.errors import BayesnetError, CheckpointError, ConfigError, DataError
 
 URL = "https://example.org/sets/numbers.bin"
@@ -60,12 +60,12 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_a_file_is_downloaded_once(serve: Serve, tmp_path: Path, digits: int) -> None:
     asked = serve({URL: CONTENT})
     folder = tmp_path / "a" / "b"
-    path = weights.fetch(URL, folder, sha256=SHA256[:digits])
-    assert path == folder / "numbers.bin"
-    assert path.read_bytes() == CONTENT
-    assert weights.fetch(URL, folder, sha256=SHA256[:digits]) == path
+    fetched = weights.fetch(URL, folder, sha256=SHA256[:digits])
+    assert fetched == (folder / "numbers.bin", CONTENT, SHA256)
+    assert fetched.path.read_bytes() == CONTENT
+    assert weights.fetch(URL, folder, sha256=SHA256[:digits]) == fetched
     assert asked == [URL]
-    assert weights.fetch(URL, folder, sha256=SHA256, file_name="other.bin").name == "other.bin"
+    assert weights.fetch(URL, folder, sha256=SHA256, file_name="other.bin").path.name == "other.bin"
     assert sorted(each.name for each in folder.iterdir()) == ["numbers.bin", "other.bin"]
 
 
@@ -84,7 +84,7 @@ def test_without_a_network_the_message_says_what_to_do(
     assert refusal(error, URL, tmp_path) == expected
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "numbers.bin").write_bytes(CONTENT)
-    assert weights.fetch(URL, tmp_path, sha256=SHA256).read_bytes() == CONTENT
+    assert weights.fetch(URL, tmp_path, sha256=SHA256).data == CONTENT
 
 
 def test_a_download_with_another_hash_is_not_kept(serve: Serve, tmp_path: Path) -> None:
@@ -105,6 +105,31 @@ def test_a_file_with_another_hash_is_refused_and_stays(serve: Serve, tmp_path: P
     assert message == f"the file is not the one that is expected ({path}): {hint}"
     assert path.read_bytes() == b"mine"
     assert asked == []
+
+
+def test_what_is_hashed_is_what_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is read once; what somebody puts in its place afterwards is never looked at."""
+    path = tmp_path / "numbers.bin"
+    path.write_bytes(CONTENT)
+    read = storage.read_bytes
+
+    def read_and_swap(path: Path, *, max_bytes: int) -> bytes:
+        data = read(path, max_bytes=max_bytes)
+        path.write_bytes(b"something else")
+        return data
+
+    monkeypatch.setattr(storage, "read_bytes", read_and_swap)
+    assert weights.fetch(URL, tmp_path, sha256=SHA256).data == CONTENT
+    assert "the file is not the one that is expected" in refusal(DataError, URL, tmp_path)
+
+
+def test_links_and_what_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_bytes(CONTENT)
+    (tmp_path / "numbers.bin").symlink_to(tmp_path / "elsewhere")
+    assert weights.fetch(URL, tmp_path, sha256=SHA256).data == CONTENT
+    (tmp_path / "numbers.bin").unlink()
+    (tmp_path / "numbers.bin").mkdir()
+    assert refusal(DataError, URL, tmp_path) == f"not a regular file ({tmp_path / 'numbers.bin'})"
 
 
 @pytest.mark.parametrize("url", ["http://example.org/a.bin", "file:///etc/a.bin", "ftp://example.org/a.bin"])

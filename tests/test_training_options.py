@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from bayesnet.backbones import BackboneConfig, build_backbone
-from bayesnet.batches import TrainingData, batch_bounds
+from bayesnet.batches import TrainingData
 from bayesnet.checkpoint import newest_checkpoint
 from bayesnet.data import ArrayExamples, Preprocessing
 from bayesnet.data.augment import Augmentation
 from bayesnet.data.sampling import effective_size
 from bayesnet.engine import Engine
-from bayesnet.errors import ConfigError, InterruptedRunError
+from bayesnet.errors import CheckpointError, ConfigError, InterruptedRunError, StorageError
 from bayesnet.inference import build_inference_config, build_posterior
 from bayesnet.inference.base import Parts, Posterior
 from bayesnet.optim import OptimizerConfig, OptimizerFactory
 from bayesnet.progress import FitResult, TrainingConfig
 from bayesnet.step import PLAIN, StepPlan
-from bayesnet.training import fit
+from bayesnet.training import Listener, fit
 from bayesnet.types import Loss
 
 NUM_IMAGES, NUM_CLASSES, NUM_INTERRUPTIONS = 41, 3, 20
@@ -111,6 +111,7 @@ def run_fit(
     factory: OptimizerFactory | None = None,
     profile: Path | None = None,
     family: str = "mean_field",
+    listener: Listener | None = None,
 ) -> Fitted:
     data = examples()
     with torch.random.fork_rng():
@@ -133,6 +134,7 @@ def run_fit(
         stop_signal=lambda: 15 if next(calls) == stop_after else None,
         optimizer_factory=factory,
         profile=profile,
+        listener=listener,
     )
     return Fitted(result, posterior, spy)
 
@@ -296,6 +298,87 @@ def test_an_optimizer_that_cannot_be_resumed_or_forgets_parameters_is_refused(tm
         run_fit(tmp_path / "b", PLAIN_TRAINING, factory=lambda groups: None)  # type: ignore[arg-type, return-value]
     with pytest.raises(ConfigError, match="must own the parameters that it was given, each once"):
         run_fit(tmp_path / "c", PLAIN_TRAINING, factory=lambda groups: torch.optim.SGD(groups[:1], lr=0.1))
+    factories: dict[str, OptimizerFactory] = {
+        r"the optimizer needs a closure, which training has not \(LBFGS\)": lambda groups: torch.optim.LBFGS(
+            [p for group in groups for p in group["params"]]
+        ),
+        r"an entry that a checkpoint cannot hold \(SGD, odd: object\)": lambda groups: torch.optim.SGD(
+            [{**group, "odd": object()} for group in groups], lr=0.1
+        ),
+    }
+    for text, factory in factories.items():
+        with pytest.raises(ConfigError, match=text):
+            run_fit(tmp_path / "d", PLAIN_TRAINING, factory=factory)
+
+
+class GroupState(torch.optim.SGD):
+    """Counts its steps in the parameter group, as schedule-free optimizers do, and slows down by the count."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override] # noqa: ANN401 - as torch has it
+        """Step."""
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    with torch.no_grad():
+                        parameter -= group["lr"] / group["k"] * parameter.grad
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        lambda groups: torch.optim.Adafactor(groups, lr=0.01),
+        lambda groups: torch.optim.NAdam(groups, lr=0.01),
+        lambda groups: GroupState(groups, lr=0.1),
+    ],
+    ids=["state of another shape", "NAdam", "state in groups"],
+)
+def test_optimizers_of_every_kind_resume_bit_equal(tmp_path: Path, factory: OptimizerFactory) -> None:
+    run_fit(tmp_path / "straight", PLAIN_TRAINING, factory=factory)
+    with pytest.raises(InterruptedRunError):
+        run_fit(tmp_path / "resumed", PLAIN_TRAINING, factory=factory, stop_after=7)
+    run_fit(tmp_path / "resumed", PLAIN_TRAINING, factory=factory, resume=True)
+    assert_same_end(tmp_path / "straight", tmp_path / "resumed")
+
+
+def test_another_optimizer_cannot_go_on(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        run_fit(tmp_path, PLAIN_TRAINING, factory=lambda groups: torch.optim.Adam(groups, lr=0.01), stop_after=3)
+    for factory in (None, lambda groups: torch.optim.RMSprop(groups, lr=0.01)):
+        with pytest.raises(CheckpointError, match="the checkpoint was made by another optimizer"):
+            run_fit(tmp_path, PLAIN_TRAINING, factory=factory, resume=True)
+
+
+def test_patience_waits_for_the_end_of_the_warm_up(tmp_path: Path) -> None:
+    training = replace(PLAIN_TRAINING, epochs=9, patience=1, kl_warmup_epochs=3)
+    result = run_fit(tmp_path, training, validate=scripted(0.1, 0.2, 0.3, 0.5, 0.6)).result
+    assert [report.epoch for report in result.reports] == [1, 2, 3, 4]
+    assert result.epoch == 3
+
+
+def test_a_trace_that_cannot_be_written_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ears(Listener):
+        """Remembers notes."""
+
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def on_note(self, text: str) -> None:
+            """Remember."""
+            self.notes.append(text)
+
+    ears = Ears()
+    long_batches = replace(PLAIN_TRAINING, epochs=1, batch_size=20)
+    run_fit(tmp_path / "short", long_batches, profile=tmp_path / "short.json", listener=ears)
+    assert ears.notes == ["No trace was written: there were 2 steps, and the first 3 are not traced."]
+    assert not (tmp_path / "short.json").exists()
+
+    def full(path: Path, data: bytes) -> None:
+        raise StorageError("no space left on device", where=path)
+
+    monkeypatch.setattr("bayesnet.profiling.storage.write_bytes", full)
+    run_fit(tmp_path / "full", PLAIN_TRAINING, profile=tmp_path / "full.json", listener=ears)
+    assert ears.notes[1].startswith("No trace was written: no space left on device")
 
 
 def test_a_trace_of_ten_steps(tmp_path: Path) -> None:
@@ -308,34 +391,5 @@ def test_a_trace_of_ten_steps(tmp_path: Path) -> None:
     assert json.loads(short.read_text())["traceEvents"]
     with pytest.raises(ConfigError, match="the folder of the trace does not exist"):
         run_fit(tmp_path / "none", PLAIN_TRAINING, profile=tmp_path / "missing" / "trace.json")
-
-
-@pytest.mark.parametrize(
-    ("values", "text"),
-    [
-        ({"patience": -1}, "must not be negative (training.patience = -1)"),
-        ({"label_smoothing": 1.0}, "must be in [0, 1) (training.label_smoothing = 1.0)"),
-        ({"mixup": -0.1}, "must not be negative (training.mixup = -0.1)"),
-        (
-            {"accumulation": 5, "batch_size": 8},
-            "must be from 1 to half of training.batch_size (training.accumulation = 5)",
-        ),
-        ({"clip_norm": math.inf}, "must not be negative (training.clip_norm = inf)"),
-        ({"sam_rho": math.nan}, "must not be negative (training.sam_rho = nan)"),
-    ],
-    ids=str,
-)
-def test_values_out_of_range(values: dict[str, Any], text: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        TrainingConfig(**values)
-    assert str(caught.value).startswith(text)
-
-
-@pytest.mark.parametrize(
-    ("num_images", "batch_size", "sizes"),
-    [(1, 4, [1]), (4, 4, [4]), (5, 4, [5]), (6, 4, [4, 2]), (8, 4, [4, 4]), (3, 2, [3])],
-)
-def test_batch_bounds(num_images: int, batch_size: int, sizes: list[int]) -> None:
-    bounds = batch_bounds(num_images, batch_size)
-    assert [stop - start for start, stop in bounds] == sizes
-    assert [bounds[0][0], bounds[-1][1]] == [0, num_images]
+    with pytest.raises(ConfigError, match="the trace needs a regular file"):
+        run_fit(tmp_path / "none", PLAIN_TRAINING, profile=tmp_path)

@@ -19,8 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from bayesnet import download, weights
-from bayesnet.errors import CheckpointError, DataError
+from bayesnet import download, storage, weights
+from bayesnet.errors import CheckpointError
 
 Serve = Callable[[dict[str, bytes]], list[str]]
 
@@ -105,6 +105,9 @@ def test_a_pickle_with_a_command_runs_nothing(tmp_path: Path, is_zip: bool) -> N
     assert canary.exists()
 
 
+LARGE = torch.zeros(2**18)
+
+
 def no_weights() -> dict[str, tuple[object, str]]:
     return {
         "whole model": (nn.Linear(2, 2), "not a file of weights"),
@@ -113,7 +116,18 @@ def no_weights() -> dict[str, tuple[object, str]]:
         "number": ({"a": torch.ones(2), "b": 3}, "entry of the state dict is not a dense tensor"),
         "key": ({3: torch.ones(2)}, "entry of the state dict is not a dense tensor"),
         "sparse": ({"a": torch.ones(2, 2).to_sparse()}, "entry of the state dict is not a dense tensor"),
-        "bomb": ({"a": torch.zeros(1).expand(2**40)}, "weights have 4398046511104 bytes, more than"),
+        "bomb": (
+            {"a": torch.zeros(1).expand(2**40)},
+            "weights have 4398046511104 bytes, more than the file, which has",
+        ),
+        "small bomb": (
+            {"a": torch.zeros(1).expand(2**19)},
+            "weights have 2097152 bytes, more than the file, which has",
+        ),
+        "many views": (
+            {str(n): torch.zeros(2**16).view(-1) for n in range(2)} | dict.fromkeys("abcdef", LARGE),
+            "weights",
+        ),
     }
 
 
@@ -126,6 +140,31 @@ def test_what_holds_no_weights(tmp_path: Path, kind: str) -> None:
         weights.read_state_dict(tmp_path / "w.pth")
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_small_views_and_ties_get_memory_of_their_own(tmp_path: Path) -> None:
+    whole = torch.arange(12.0)
+    held = {"whole": whole, "tied": whole, "row": whole.view(3, 4)[1], "spread": whole[:1].expand(5)}
+    torch.save(held, tmp_path / "w.pth")
+    found = weights.read_state_dict(tmp_path / "w.pth")
+    assert all(torch.equal(found[name], tensor) for name, tensor in held.items())
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == 4
+    assert all(tensor.untyped_storage().nbytes() == 4 * tensor.numel() for tensor in found.values())
+
+
+def test_plain_weights_are_not_copied_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file and its tensors are in memory, nothing third."""
+    torch.save({"a": torch.ones(3, 4), "b": torch.ones(5)}, tmp_path / "w.pth")
+
+    def refuse(*args: object, **kwargs: object) -> Tensor:
+        raise AssertionError("a copy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", refuse)
+        assert weights.read_state_dict(tmp_path / "w.pth").keys() == {"a", "b"}
+        torch.save({"a": torch.ones(3, 4).T}, tmp_path / "w.pth")
+        with pytest.raises(AssertionError, match="a copy"):
+            weights.read_state_dict(tmp_path / "w.pth")
 
 
 def test_files_that_are_something_else(tmp_path: Path) -> None:
@@ -176,6 +215,25 @@ def test_published_weights_are_fetched_and_converted_once(tmp_path: Path, publis
     (folder / "net.pth").unlink()  # it is not looked at again
     assert_same(weights.pretrained("https://example.org/net.pth", sha256=sha256, name="net"))
     assert asked == ["https://example.org/net.pth"]
+
+
+def test_what_is_hashed_is_what_is_parsed(
+    tmp_path: Path, published: tuple[list[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody puts another file in the place of the download as soon as it has been checked."""
+    _, sha256 = published
+    fetch = weights.fetch
+
+    def fetch_and_swap(url: str, folder: Path, *, sha256: str, error: type[CheckpointError]) -> object:
+        fetched = fetch(url, folder, sha256=sha256, error=error)
+        torch.save({"conv.weight": torch.zeros(1)}, folder / "net.pth")
+        return fetched
+
+    monkeypatch.setattr(weights, "fetch", fetch_and_swap)
+    for _ in range(2):  # parsed, and from the copy
+        assert_same(weights.pretrained("https://example.org/net.pth", sha256=sha256, name="net"))
+    record = storage.read_json(tmp_path / "cache" / "weights" / "net.json")
+    assert record["source_sha256"] == sha256
 
 
 def test_damaged_and_changed_weights(tmp_path: Path, published: tuple[list[str], str]) -> None:
@@ -235,91 +293,3 @@ def test_arrays_of_python_3_in_columns() -> None:
     assert isinstance(found, np.ndarray)
     assert found.dtype == np.dtype("<i2")
     assert found.tolist() == [[1, 2], [3, 200]]
-
-
-def command(canary: Path) -> dict[str, bytes]:
-    text = f"'touch {canary}'".encode()
-    python = f'\'open("{canary}", "w")\''.encode()
-    unicode = f"touch {canary}".encode()
-    short = b"\x8c\x02os\x8c\x06system\x93\x8c" + bytes([len(unicode)]) + unicode + b"\x85R."
-    return {
-        "os.system": b"cos\nsystem\n(S" + text + b"\ntR.",
-        "posix.system": b"cposix\nsystem\n(S" + text + b"\ntR.",
-        "__builtin__.eval": b"c__builtin__\neval\n(S" + python + b"\ntR.",
-        "builtins.exec": b"cbuiltins\nexec\n(S" + python + b"\ntR.",
-        "builtins.getattr": b"cbuiltins\ngetattr\n(cnumpy\nndarray\nS'tofile'\ntR.",
-        "os.system ": b"\x80\x04" + short,
-        "numpy.load": b"cnumpy\nload\n(S" + text + b"\ntR.",
-        "numpy.ndarray.tofile": b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.",
-        "numpy.core.multiarray._reconstruct.__globals__": (
-            b"\x80\x04\x8c\x15numpy.core.multiarray\x8c\x18_reconstruct.__globals__\x93."
-        ),
-        "builtins.bytearray": b"cbuiltins\nbytearray\n(I1\ntR.",
-        "subprocess.Popen": b"csubprocess\nPopen\n(S" + text + b"\ntR.",
-    }
-
-
-@pytest.mark.parametrize("name", command(Path("x")))
-def test_a_pickle_that_names_a_function_runs_nothing(tmp_path: Path, name: str) -> None:
-    canary = tmp_path / "canary"
-    with pytest.raises(DataError) as caught:
-        weights.read_arrays(command(canary)[name])
-    hint = "it names something that is no array"
-    assert str(caught.value) == f"not a pickle of arrays ({name.strip()}): {hint}"
-    assert not canary.exists()
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"(S'touch /tmp/x'\nios\nsystem\n.",  # INST
-        b"(cnumpy\nndarray\no.",  # OBJ
-        b"\x80\x02cnumpy\nndarray\n)\x81.",  # NEWOBJ
-        b"\x80\x04cnumpy\nndarray\n)}\x92.",  # NEWOBJ_EX
-        b"Pid\n.",
-        b"S'id'\nQ.",  # BINPERSID
-        b"\x80\x02\x82\x01.",  # EXT1
-        b"\x80\x05\x96" + struct.pack("<Q", 2**50) + b".",  # BYTEARRAY8 of a petabyte
-        b"\x80\x05\x97.",  # NEXT_BUFFER
-        RECONSTRUCT + b".",  # an array that got no bytes
-        b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR.",
-        b"cnumpy\ndtype\n.",
-        b"cnumpy\ndtype\n(U\x01OK\x00K\x01tR.",
-        b"cnumpy\ndtype\n(U\x03V16K\x00K\x01tR.",
-        b"cnumpy\nndarray\n}S'a'\nI1\nsb.",
-        b"cnumpy\ndtype\n}S'__code__'\nI1\nsb.",
-        b"c_codecs\nencode\n(VS'a'\nS'rot13'\ntR.",
-        array(b"K\x02K\x04", b"abcdef") + b".",
-        array(b"J\xff\xff\xff\xffK\x03", b"abcdef") + b".",
-        array(b"K\x06", b"abcdef", UINT8.replace(b"NNN", b"NN}")) + b".",
-        b"(" * 20 + b"l" * 20 + b".",
-        b"\x80\x02]\x94h\x00a.",
-        b"",
-        b".",
-        b"I1",
-        b"\xff\xff",
-    ],
-)
-def test_other_pickles_are_refused(data: bytes) -> None:
-    with pytest.raises(DataError, match=r"^(not a pickle of arrays|pickle is nested too deeply)"):
-        weights.read_arrays(data)
-
-
-def test_stated_sizes_allocate_nothing() -> None:
-    # Index 2**31 - 1 of the memo, and an array of a shape that no memory holds, made without its bytes.
-    assert weights.read_arrays(b"\x80\x02K\x05r\xff\xff\xff\x7f.") == 5
-    huge = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(\x8a\x06" + b"\xff" * 5 + b"\x00tU\x01btR"
-    whole = huge + array(b"K\x01", b"a").removeprefix(RECONSTRUCT) + b"."
-    assert np.array_equal(weights.read_arrays(whole), [97])  # type: ignore[arg-type]
-
-
-def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "MAX_ARRAYS_BYTES", 100)
-    with pytest.raises(DataError, match=r"^pickle has 101 bytes, more than 100$"):
-        weights.read_arrays(b"0" * 101)
-    # One text of 30 letters, kept and encoded again and again: three times are 90 bytes, four are too many.
-    first = b"]c_codecs\nencode\nq\x00(X\x1e\x00\x00\x00" + b"a" * 30 + b"U\x06latin1tq\x01Ra"
-    again = b"h\x00h\x01Ra"
-    assert weights.read_arrays(first + 2 * again + b".") == [b"a" * 30] * 3
-    with pytest.raises(DataError, match="only latin1 is encoded, of the size that a pickle may have"):
-        weights.read_arrays(first + 3 * again + b".")

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from bayesnet.backbones import timm_zoo, zoo
-from bayesnet.backbones.base import Backbone, BackboneBuilder, BackboneEntry, Hollow, Zoo
+from bayesnet.backbones.base import Backbone, BackboneBuilder, BackboneEntry, Expected, Hollow, Zoo
 from bayesnet.backbones.custom import FrozenBackbone, copy_module, custom_backbone
 from bayesnet.backbones.inception import inception
-from bayesnet.backbones.loading import NONE, fill
+from bayesnet.backbones.loading import DEFAULT, NONE, fill
 from bayesnet.backbones.resnet import resnet
 from bayesnet.backbones.small_cnn import small_cnn
 from bayesnet.config import require
@@ -32,9 +32,11 @@ __all__ = [
     "BackboneConfig",
     "BackboneEntry",
     "BackboneFacts",
+    "Expected",
     "build_backbone",
     "custom_backbone",
     "describe",
+    "expected_preprocessing",
     "num_features",
     "resolve",
 ]
@@ -175,6 +177,34 @@ def build_backbone(
     if original and load_weights:
         fill(backbone, entry, config.weights, name=config.name)
     return FrozenBackbone(backbone) if config.freeze else backbone
+
+
+def expected_preprocessing(config: BackboneConfig) -> Expected | None:
+    """Return how images have to be prepared for a backbone's published weights; nothing is downloaded for it.
+
+    It is what those who published them evaluated them with: torchvision's transforms, timm's data configuration. Where
+    they scaled images with bicubic interpolation, or to a square, images are scaled bilinearly and keep their shape all
+    the same.
+
+    Args:
+        config: The section ``backbone``.
+
+    Returns:
+        Size and statistics; or None where the weights are random or from a file of the caller's, or nothing is known.
+
+    Raises:
+        ConfigError: There is no such backbone, or its collection is not installed.
+
+    Example:
+        >>> expected_preprocessing(BackboneConfig(name="resnet18", weights="default"))
+        Expected(size=224, resize=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+        >>> expected_preprocessing(BackboneConfig(name="resnet18")) is None
+        True
+    """
+    published = resolve(config.name).published() if config.weights == DEFAULT else None
+    if published is None or published.read is None or not (published.mean and published.crop):
+        return None
+    return Expected(published.crop, published.resize, published.mean, published.std)
 
 
 def describe(name: str) -> BackboneFacts:

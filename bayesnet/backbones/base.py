@@ -46,11 +46,35 @@ class Published(NamedTuple):
         read: Downloads their weights, once, and returns them by name; None where there are none.
         input_size: Side of the images that they evaluated it on, pixels.
         accuracy: Top-1 accuracy on the validation images of ImageNet-1k, a share, as their own metadata say.
+        resize: Short side that they scaled images to before they cropped the centre, pixels.
+        crop: Side of that crop, pixels; 0 where it is not square.
+        mean: Mean of each channel that they normalised images with, after a division by 255.
+        std: Standard deviation of each channel, likewise.
     """
 
     read: Callable[[], dict[str, Tensor]] | None
     input_size: int
     accuracy: float | None
+    resize: int = 0
+    crop: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+class Expected(NamedTuple):
+    """How images are prepared for the published weights of a backbone.
+
+    Attributes:
+        size: Height and width of the central crop, pixels.
+        resize: Short side that images are scaled to before, pixels.
+        mean: Mean of each channel, after a division by 255.
+        std: Standard deviation of each channel, likewise.
+    """
+
+    size: int
+    resize: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def no_weights() -> Published | None:

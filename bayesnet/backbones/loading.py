@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from bayesnet import weights
@@ -64,6 +65,12 @@ def fill_from_state(backbone: nn.Module, state: Mapping[str, Tensor], *, where: 
         if key in own and value.shape != own[key].shape:
             hint = f"{key} has shape {tuple(value.shape)}, the backbone's has {tuple(own[key].shape)}"
             raise CheckpointError("the weights do not fit the backbone", where=where, hint=hint)
+        if key in own and own[key].is_floating_point():
+            if not value.is_floating_point():  # a cast would cut off what does not fit
+                hint = f"{key} holds {str(value.dtype).removeprefix('torch.')} numbers"
+                raise CheckpointError("the weights are not floating-point numbers", where=where, hint=hint)
+            if not bool(torch.isfinite(value).all()):
+                raise CheckpointError("the weights are not finite", where=where, hint=f"{key} has NaN or infinity")
     # The version of the network as a whole is the present one; parts without a version are taken for old ones, which
     # lets batch norm do without counts and vision transformers rename their layers.
     given._metadata = {"": {"version": getattr(network, "_version", 1)}}  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ files that could be pinned here, so their contents are whatever the owner of the
 
 from __future__ import annotations
 
+import math
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,8 @@ from bayesnet.errors import CheckpointError, ConfigError
 
 PREFIX = "timm"
 FILE_NAME = "model.safetensors"
+CROP_SHARE = 0.875
+"""Side of the crop over the short side of the image, where timm names none."""
 
 
 @cache
@@ -42,12 +45,20 @@ def names() -> tuple[str, ...]:
 def published(name: str) -> Published:
     """Return what timm says about the weights of a name; it keeps no accuracies."""
     config = _pretrained_config(name)
-    size = int(config.input_size[-1])
+    _, height, width = config.input_size
     hosted = config.hf_hub_id and not config.custom_load
     file_name = config.hf_hub_filename or FILE_NAME
-    if not hosted or not file_name.endswith(".safetensors"):
-        return Published(None, size, None)
-    return Published(partial(_download, config.hf_hub_id, file_name), size, None)
+    is_safe = hosted and file_name.endswith(".safetensors")
+    return Published(
+        read=partial(_download, config.hf_hub_id, file_name) if is_safe else None,
+        input_size=int(width),
+        accuracy=None,
+        # A few were evaluated on a crop that is larger than the image, with a border around it.
+        resize=max(int(width), math.floor(width / (config.crop_pct or CROP_SHARE))),
+        crop=int(width) if height == width else 0,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+    )
 
 
 def build(name: str, *, channels: int, height: int, width: int, base_width: int, original: bool) -> nn.Module:

@@ -2,6 +2,10 @@
 
 Names, sizes, accuracies and addresses are read from torchvision's own tables. torchvision is imported when one of the
 functions is called, not before.
+
+What is checked of published weights: torchvision's file names hold the first 32 bits of their SHA-256, no more. They
+tell a damaged download from a whole one; that nobody put other weights in their place rests on https and on who keeps
+the server. The files of PINNED are checked against all 256 bits.
 """
 
 from __future__ import annotations
@@ -29,6 +33,14 @@ from bayesnet.backbones.base import (
 
 PREFIX = "torchvision"
 IMAGENET = "ImageNet-1K"
+
+# The default weights of the networks in BACKBONES. Each hash is compared with in at least two public repositories that
+# have nothing to do with each other, and it begins as the name of the file says.
+PINNED = {
+    "resnet18-f37072fd.pth": "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
+    "resnet34-b627a593.pth": "b627a593bcbe140c234610266fe4f8ae95ea42fc881d091c9b6052e6b1d0590f",
+    "resnet50-11ad3fa6.pth": "11ad3fa62ca79e40addfd354a8ec4b7c75143b3038b8d2a807fbc68deab379ca",
+}
 
 _WITH_SIDE_CLASSIFIERS = ("googlenet", "inception_v3")
 _SIDE_CLASSIFIERS = ("aux1", "aux2", "AuxLogits")
@@ -67,12 +79,21 @@ def published(name: str) -> Published:
     from torchvision import models
 
     best = models.get_model_weights(name).DEFAULT
-    [input_size] = best.transforms().crop_size
+    transforms = best.transforms()
+    [crop], [resize] = transforms.crop_size, transforms.resize_size
     file = PurePosixPath(urlsplit(best.url).path)
     found = _HASH.search(file.name)
     assert found is not None, best.url
-    read = partial(weights.pretrained, best.url, sha256=found[1], name=f"{PREFIX}-{file.stem}")
-    return Published(read, input_size, round(best.meta["_metrics"][IMAGENET]["acc@1"] / 100, 5))
+    sha256 = PINNED.get(file.name, found[1])
+    return Published(
+        read=partial(weights.pretrained, best.url, sha256=sha256, name=f"{PREFIX}-{file.stem}"),
+        input_size=crop,
+        accuracy=round(best.meta["_metrics"][IMAGENET]["acc@1"] / 100, 5),
+        resize=resize,
+        crop=crop,
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+    )
 
 
 def build(name: str, *, channels: int, height: int, width: int, base_width: int, original: bool) -> nn.Module:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
-from bayesnet.data.dataset import IMAGENET_MEAN, IMAGENET_STD, SPLITS, DataConfig, ImageData
+from bayesnet.config import require
+from bayesnet.data.dataset import SPLITS, DataConfig, ImageData
 from bayesnet.data.examples import Examples, SubsetExamples
 from bayesnet.data.preprocessing import Preprocessing
 from bayesnet.data.splits import check_every_class, stratified_split
@@ -30,14 +31,16 @@ def assemble(
         sources: Split to examples; ``train`` is needed, what else is missing is carved from it.
         classes: Names in index order.
         content: Digest of the images and labels of all sources; the fingerprint adds who is in which split.
-        config: The section ``data``: fractions and seed of the splits.
-        preprocessing: That of a run, or None to measure the statistics on the training split.
+        config: The section ``data``: fractions and seed of the splits, and statistics, where it gives them.
+        preprocessing: That of a run, or None to take those statistics, or else to measure them on the training split.
         spec: What loads it again; the name by default.
         notes: What was decided for the user, plain sentences.
 
     Raises:
+        ConfigError: The section scales images, which these are too late for, or has statistics of other channels.
         DataError: A class has too few examples, or an image cannot be read.
     """
+    require(config.resize == 0, "only image files are scaled and cropped", where="data.resize", hint="leave it at 0")
     digest = hashlib.sha256(content)
     splits = dict(sources)
     carved = [split for split in SPLITS if split == "train" or split not in sources]
@@ -53,12 +56,11 @@ def assemble(
         pixels_1CHW = splits["train"].read([0])
         _, channels, height, width = pixels_1CHW.shape
         scale = 1.0 if pixels_1CHW.is_floating_point() else 255.0
-        statistics: tuple[tuple[float, ...], tuple[float, ...]]
-        if config.preset == "imagenet":
-            statistics = IMAGENET_MEAN, IMAGENET_STD
-        else:
-            statistics = channel_statistics(splits["train"])
-        mean, std = statistics
+        mean, std = config.statistics or channel_statistics(splits["train"])
+        what = f"{name} has {channels} channel{'s' * (channels != 1)}"
+        require(
+            len(mean) == channels, what, where=f"data.mean has {len(mean)}", hint="set data.channels or leave it out"
+        )
         preprocessing = Preprocessing(channels, height, width, mean, std, config.max_pixels, pixel_scale=scale)
     return ImageData(
         name=name,
@@ -72,3 +74,28 @@ def assemble(
         notes=tuple(notes),
         fingerprint=digest.hexdigest(),
     )
+
+
+def fixed_channels(
+    name: str, config: DataConfig, preprocessing: Preprocessing | None, *, channels: int, side: int
+) -> int:
+    """Return the channels of a data set that is of one size, having refused what its images cannot be.
+
+    Args:
+        name: Registered name.
+        config: The section ``data``.
+        preprocessing: That of a run, or None.
+        channels: What the images have; grey ones can be asked for as colour.
+        side: Their height and width, pixels.
+
+    Raises:
+        ConfigError: Another image size, other channels or a preset is asked for.
+    """
+    require(config.preset != "imagenet", "the preset needs image files", where="data.preset", hint="leave it at auto")
+    height, width = (side, side) if preprocessing is None else preprocessing.shape[1:]
+    size_is_right = config.image_size in (0, side) and height == width == side
+    require(size_is_right, f"{name} is {side} x {side} pixels", where="data.image_size", hint="leave it at 0")
+    wanted = (config.channels or channels) if preprocessing is None else preprocessing.channels
+    channels_are_right = wanted == channels or (channels, wanted) == (1, 3)
+    require(channels_are_right, f"{name} has {channels} channels", where="data.channels", hint="leave it at 0")
+    return wanted

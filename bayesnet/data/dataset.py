@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from bayesnet.config import require
 from bayesnet.data.examples import Examples
-from bayesnet.data.preprocessing import Preprocessing
+from bayesnet.data.preprocessing import MAX_SIDE, Preprocessing
 
 SPLITS = ("train", "validation", "calibration", "test")
 MIN_IMAGE_SIDE, MAX_IMAGE_SIDE = 8, 1024
@@ -17,6 +17,7 @@ MIN_FRACTION = 1e-3
 MAX_WORKERS = 256
 # Of torchvision's weights, after a division by 255.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_RESIZE, IMAGENET_SIDE = 256, 224
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,13 @@ class DataConfig:
         image_size: Height and width, pixels; 0 chooses them from the data.
         preset: ``imagenet`` scales image files to a short side of 256, crops the central 224 x 224 and normalises as
             ImageNet's models expect; ``none`` takes size and statistics from the data; ``auto`` is ``imagenet`` where
-            the backbone has weights of others, else ``none``.
-        channels: 1 (grey) or 3 (RGB); 0 means 1 for digits and 3 for folders.
+            the backbone has weights of others, else ``none``. What ``mean``, ``std`` and ``resize`` say goes before it.
+        mean: Mean of each channel that pixels are normalised with, after the division by 255; empty means the preset's,
+            or measured on the training split.
+        std: Standard deviation of each channel, likewise; given together with the mean.
+        resize: Short side that image files are scaled to before the central ``image_size`` is cropped, pixels; 0 means
+            the preset's, or scaling them so that they just cover the image size.
+        channels: 1 (grey) or 3 (RGB); 0 means 1 for digits and 3 for folders, or as many as ``mean`` has.
         fractions: Shares of train, validation, calibration and test, for the splits that are not given as folders.
         seed: Seed of the splits, apart from the seed of training, so that runs can be compared on the same test split.
         crop_padding: Largest random shift of a training image, pixels.
@@ -51,6 +57,9 @@ class DataConfig:
     image_size: int = 0
     channels: int = 0
     preset: Literal["auto", "none", "imagenet"] = "auto"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    resize: int = 0
     fractions: tuple[float, ...] = (0.6, 0.1, 0.1, 0.2)
     seed: int = 0
     crop_padding: int = 0
@@ -83,12 +92,36 @@ class DataConfig:
         require(0 < self.min_crop <= 1, "must be above 0 and at most 1", where=f"data.min_crop = {self.min_crop}")
         for key in ("colour", "erase"):
             require(0 <= getattr(self, key) < 1, "must be in [0, 1)", where=f"data.{key}")
-        sizes_agree = self.preset != "imagenet" or self.image_size in (0, 224)
+        sizes_agree = self.preset != "imagenet" or self.image_size in (0, IMAGENET_SIDE)
         require(sizes_agree, "the preset has 224 pixels", where="data.image_size", hint="leave it at 0")
         require(
             self.preset != "imagenet" or self.channels in (0, 3), "the preset has 3 channels", where="data.channels"
         )
         require(self.max_pixels >= 1, "must be at least 1", where="data.max_pixels")
+        self._check_statistics()
+        crop = self.image_size or (IMAGENET_SIDE if self.preset == "imagenet" else 0)
+        require(self.resize == 0 or crop > 0, "needs an image size", where="data.resize", hint="set data.image_size")
+        resize_is_right = self.resize == 0 or crop <= self.resize <= MAX_SIDE
+        what = f"must be 0 or at least the image size, {crop}, and at most {MAX_SIDE}"
+        require(resize_is_right, what, where=f"data.resize = {self.resize}")
+
+    def _check_statistics(self) -> None:
+        """Raise ConfigError unless mean and std are both absent, or fit each other and the channels."""
+        lengths = len(self.mean), len(self.std)
+        what = "mean and std must both be absent, or both have 1 or 3 numbers"
+        require(lengths in ((0, 0), (1, 1), (3, 3)), what, where=f"data.mean has {lengths[0]}, data.std {lengths[1]}")
+        require(all(map(math.isfinite, self.mean)), "must be finite", where="data.mean")
+        require(all(0 < value < math.inf for value in self.std), "must be above 0 and finite", where="data.std")
+        channels = self.channels or (3 if self.preset == "imagenet" else 0)
+        fits = not self.mean or channels in (0, len(self.mean))
+        require(fits, f"must have a number for each of {channels} channels", where="data.mean")
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation of each channel: those given, else the preset's; None where to measure them."""
+        if self.mean:
+            return self.mean, self.std
+        return (IMAGENET_MEAN, IMAGENET_STD) if self.preset == "imagenet" else None
 
 
 class ImageData(NamedTuple):
@@ -105,6 +138,7 @@ class ImageData(NamedTuple):
         test: Read once, at the end.
         notes: What was decided for the user, plain sentences.
         fingerprint: SHA-256 of what is in which split, wherever the data lie.
+        labels: What the classes were in Python, for data that were given from there.
     """
 
     name: str
@@ -117,6 +151,7 @@ class ImageData(NamedTuple):
     test: Examples
     notes: tuple[str, ...]
     fingerprint: str
+    labels: tuple[Hashable, ...] = ()
 
 
 Load = Callable[[DataConfig, str, Preprocessing | None], ImageData]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bayesnet.data.dataset import IMAGENET_MEAN, IMAGENET_STD, SPLITS, DataConfig, DataSource, ImageData
+from bayesnet.data.dataset import IMAGENET_RESIZE, IMAGENET_SIDE, SPLITS, DataConfig, DataSource, ImageData
 from bayesnet.data.examples import FileExamples
 from bayesnet.data.images import image_size
 from bayesnet.data.preprocessing import Preprocessing
@@ -23,7 +23,6 @@ from bayesnet.data.splits import check_every_class, stratified_split
 from bayesnet.data.statistics import channel_statistics
 from bayesnet.errors import ConfigError, DataError, printable
 
-IMAGENET_RESIZE, IMAGENET_SIDE = 256, 224
 SIZE_SAMPLE = 200
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 8, 224, 8
 
@@ -37,8 +36,8 @@ def load_folder(config: DataConfig, argument: str, preprocessing: Preprocessing 
     Args:
         config: The section ``data``.
         argument: The folder; ``~`` is expanded.
-        preprocessing: That of a run, or None to take that of the preset, or else to choose the size and measure the
-            statistics on the training split.
+        preprocessing: That of a run, or None to take what the section gives, or the preset, or else to choose the size
+            and measure the statistics on the training split.
 
     Raises:
         ConfigError: The home folder of a user is unknown.
@@ -61,7 +60,7 @@ def load_folder(config: DataConfig, argument: str, preprocessing: Preprocessing 
         # Reading needs no statistics, so the examples that measure them go on with the pixels they decoded.
         examples = _examples(files, blank, config.cache_megabytes * 10**6)
         preprocessing = blank
-        if config.preset != "imagenet":
+        if config.statistics is None:
             mean, std = channel_statistics(examples["train"])
             preprocessing = dataclasses.replace(blank, mean=mean, std=std)
     else:
@@ -127,22 +126,25 @@ def _absent(split: str, by_class: Mapping[str, Sequence[SourceFile]], classes: S
 
 
 def _blank(config: DataConfig, train: Sequence[Labelled]) -> tuple[Preprocessing, str]:
-    """Return the preprocessing, without statistics unless the preset has them, and a sentence on its size."""
-    if config.preset == "imagenet":
-        side, resize = IMAGENET_SIDE, IMAGENET_RESIZE
-        note = (
-            f"Images are scaled to a short side of {resize} and cropped to {side} x {side} pixels, "
-            "with the statistics of ImageNet (data.preset)."
-        )
-        return Preprocessing(3, side, side, IMAGENET_MEAN, IMAGENET_STD, config.max_pixels, resize=resize), note
+    """Return the preprocessing, without statistics unless they are given, and a sentence on its size."""
     channels = config.channels or 3
-    mean, std = (0.0,) * channels, (1.0,) * channels
-    if config.image_size:
-        height = width = config.image_size
-        note = f"Images are scaled to {height} x {width} pixels (data.image_size)."
+    mean, std = config.statistics or ((0.0,) * channels, (1.0,) * channels)
+    imagenet = config.preset == "imagenet"
+    resize = config.resize or (IMAGENET_RESIZE if imagenet else 0)
+    height = width = config.image_size or (IMAGENET_SIDE if imagenet else 0)
+    if resize:
+        source = "data.preset" if imagenet and not config.resize else "data.resize"
+        note = f"Images are scaled to a short side of {resize} and cropped to {height} x {width} pixels"
+    elif height:
+        source, note = "data.image_size", f"Images are scaled to {height} x {width} pixels"
     else:
         height, width, note = _automatic_size(train, config.max_pixels)
-    return Preprocessing(channels, height, width, mean, std, config.max_pixels), note
+        return Preprocessing(len(mean), height, width, mean, std, config.max_pixels), note
+    if config.mean:
+        note += ", with statistics that were given"
+    elif imagenet:
+        note += ", with the statistics of ImageNet"
+    return Preprocessing(len(mean), height, width, mean, std, config.max_pixels, resize=resize), f"{note} ({source})."
 
 
 def _automatic_size(train: Sequence[Labelled], max_pixels: int) -> tuple[int, int, str]:

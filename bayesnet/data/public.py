@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from bayesnet import weights
-from bayesnet.config import require
 from bayesnet.data.archives import Arrays, read_cifar, read_mnist, read_svhn
-from bayesnet.data.assembly import assemble
+from bayesnet.data.assembly import assemble, fixed_channels
 from bayesnet.data.dataset import DataConfig, DataSource, ImageData
 from bayesnet.data.examples import ArrayExamples
 from bayesnet.data.preprocessing import Preprocessing
 from bayesnet.errors import ConfigError, DataError
+from bayesnet.weights import Fetched
 
 _FASHION = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
@@ -61,7 +61,7 @@ class PublicSet(NamedTuple):
 
     Attributes:
         files: What to download.
-        parse: From the paths, in the order of ``files``, to the official training and test part.
+        parse: From what was fetched, in the order of ``files``, to the official training and test part.
         classes: Names in index order.
         channels: 1 (grey) or 3 (RGB).
         side: Height and width, pixels.
@@ -69,7 +69,7 @@ class PublicSet(NamedTuple):
     """
 
     files: tuple[PublicFile, ...]
-    parse: Callable[[Sequence[Path]], tuple[Arrays, Arrays]]
+    parse: Callable[[Sequence[Fetched]], tuple[Arrays, Arrays]]
     classes: tuple[str, ...]
     channels: int
     side: int
@@ -90,7 +90,7 @@ def load_public(name: str, config: DataConfig, argument: str, preprocessing: Pre
         DataError: A file cannot be had or is not the official one, or a fraction leaves a class without an example.
     """
     public = SETS[name]
-    channels = _check(name, public, config, preprocessing)
+    channels = fixed_channels(name, config, preprocessing, channels=public.channels, side=public.side)
     parts = dict(zip(("train", "test"), public.parse(_files(name, public, config)), strict=True))
     digest = hashlib.sha256()
     sources = {}
@@ -106,21 +106,8 @@ def load_public(name: str, config: DataConfig, argument: str, preprocessing: Pre
     )
 
 
-def _check(name: str, public: PublicSet, config: DataConfig, preprocessing: Preprocessing | None) -> int:
-    """Return the number of channels, having refused what the images cannot be."""
-    require(config.preset != "imagenet", "the preset needs image files", where="data.preset", hint="leave it at auto")
-    side = public.side
-    height, width = (side, side) if preprocessing is None else preprocessing.shape[1:]
-    size_is_right = config.image_size in (0, side) and height == width == side
-    require(size_is_right, f"{name} is {side} x {side} pixels", where="data.image_size", hint="leave it at 0")
-    channels = (config.channels or public.channels) if preprocessing is None else preprocessing.channels
-    channels_are_right = channels == public.channels or (public.channels, channels) == (1, 3)
-    require(channels_are_right, f"{name} has {public.channels} channels", where="data.channels", hint="leave it at 0")
-    return channels
-
-
-def _files(name: str, public: PublicSet, config: DataConfig) -> list[Path]:
-    """Return the paths of the files, all of them there and with the right hash."""
+def _files(name: str, public: PublicSet, config: DataConfig) -> list[Fetched]:
+    """Return the files, all of them with the right hash."""
     try:
         root = Path(config.root).expanduser() if config.root else weights.cache_folder() / "data"
     except RuntimeError as error:

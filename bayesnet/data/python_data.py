@@ -104,10 +104,11 @@ def from_python(
         labels_N = index_labels(source.labels, classes, split)
         examples[split] = _examples(source, labels_N, split, config, preprocessing)
     _check_alike(examples, config, preprocessing)
+    _check_kinds(classes)
     names = [str(label) for label in classes]
     missing = [split for split in given if split not in sources]
     note = f"There are no {', '.join(missing)} data: carved from the training data by class and seed {config.seed}."
-    return assemble(
+    data = assemble(
         "python",
         examples,
         names,
@@ -116,6 +117,15 @@ def from_python(
         preprocessing=preprocessing,
         notes=[note] if missing else [],
     )
+    return data._replace(labels=classes)
+
+
+def _check_kinds(classes: Sequence[Hashable]) -> None:
+    """Raise DataError unless a run can keep the labels: they have to come back from it as they were."""
+    odd = [label for label in classes if not isinstance(label, str | bool | int | float) or "\0" in str(label)]
+    if odd:
+        hint = "give texts, whole or real numbers, or booleans"
+        raise DataError("the labels are of a kind that a run cannot keep", where=repr(odd[0]), hint=hint)
 
 
 def loader_batch_size(source: object) -> int | None:

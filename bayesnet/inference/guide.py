@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +43,8 @@ from bayesnet.model import WEIGHT, BayesianClassifier, PriorName
 from bayesnet.types import Loss
 
 CUSTOM = "custom"
+MEAN_WORDS = frozenset({"loc", "locs", "mean"})
+SPREAD_WORDS = frozenset({"scale", "scales", "std", "log", "tril", "cov", "factor"})
 MAX_FULL_COVARIANCE = 8192
 """Most weights of a head with a full covariance: 256 MiB of parameters, four times that with gradient and Adam."""
 
@@ -111,6 +114,12 @@ class GuidePosterior(HeadPosterior):
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             features_BD, y_B = torch.zeros(1, head.num_features), torch.zeros(1, dtype=torch.int64)
             self._kl_is_exact = trace_elbo(head, self.guide, features_BD, y_B).kl_is_exact
+            weight_2KD = self._fixed_weights(2)
+        what = "the guide is a point mass, not a distribution"
+        hint = "family deterministic is the point estimate; name a guide with a spread"
+        require(
+            not torch.equal(*weight_2KD), what, where=type(self.guide.owner or self.guide.program).__name__, hint=hint
+        )
 
     @property
     def head(self) -> GuideModule:
@@ -149,12 +158,11 @@ class GuidePosterior(HeadPosterior):
         return tuple(self.guide.parameters())
 
     def scale_parameters(self) -> Sequence[nn.Parameter]:
-        """Return the parameters of a stock guide that are not called loc or locs; all parameters of another guide."""
-        return tuple(
-            parameter
-            for name, parameter in self.guide.named_parameters()
-            if not (self._is_stock and {"loc", "locs"} & set(name.split(".")))
-        )
+        """Return the parameters that are not means: a mean has ``loc``, ``locs`` or ``mean`` as a word of its name.
+
+        Words are parted by dots and underscores: ``loc`` and ``weight_loc`` are means, ``loc_scale`` is none.
+        """
+        return tuple(parameter for name, parameter in self.guide.named_parameters() if not _is_mean(name))
 
     def posterior_scale(self) -> Tensor:
         """Return the standard deviations (K, D + 1) of 256 draws with the fixed seed."""
@@ -219,6 +227,12 @@ def _stock_factory(parts: Parts, config: GuideConfig) -> GuideFactory:
         init_loc_fn=init_to_value(values={WEIGHT: loc_KD}),
         init_scale=config.initial_scale * config.prior_scale,
     )
+
+
+def _is_mean(name: str) -> bool:
+    """Return whether a parameter's name says that it is a mean."""
+    words = set(re.split(r"[._]", name))
+    return bool(words & MEAN_WORDS) and not words & SPREAD_WORDS
 
 
 def build(parts: Parts, config: GuideConfig) -> Posterior:

@@ -66,6 +66,7 @@ class GuideModule(nn.Module):
             trace = poutine.trace(self, graph_type="flat").get_trace(*self._inputs())
             self._adopt(pyro.get_param_store().get_state())
         self._check(trace, head)
+        self._check_runs(head)
         self.vectorised = self._draws_together()
 
     @property
@@ -101,6 +102,7 @@ class GuideModule(nn.Module):
 
     def _adopt(self, store: Mapping[str, Any]) -> None:
         """Make parameters of what the first run put into the store and no module of this one owns."""
+        self._names = frozenset(store["params"])
         owned = {id(parameter) for parameter in self.parameters()}
         for name, value in store["params"].items():
             if id(value) in owned:
@@ -134,6 +136,22 @@ class GuideModule(nn.Module):
         tensors = {id(tensor) for tensor in (*head.parameters(), *head.buffers())}
         if any(id(tensor) in tensors for tensor in (*self.parameters(), *self.buffers())):
             raise ConfigError("the guide holds the head as a submodule", hint="keep it in a tuple: self.head = (head,)")
+
+    @torch.no_grad()
+    def _check_runs(self, head: BayesianHead) -> None:
+        """Raise ConfigError where a second run makes new parameters, or other features make another weight."""
+        weights = []
+        for scale in (0.0, 1.0):
+            features_BD = scale * torch.linspace(0.1, 1, 3 * head.num_features).view(3, -1)
+            with torch.random.fork_rng(devices=[]), private_pyro():
+                torch.manual_seed(0)
+                y_B = torch.zeros(3, dtype=torch.int64)
+                trace = poutine.trace(self, graph_type="flat").get_trace(features_BD.to(head.prior_loc.device), y_B)
+                new = sorted(pyro.get_param_store().get_state()["params"].keys() - self._names)
+            require(not new, "the guide makes new parameters when it runs again", where=", ".join(new))
+            weights.append(_weight(trace))
+        hint = "draw it from parameters alone: a posterior over weights is the same for every image"
+        require(torch.equal(*weights), "the guide's weight depends on the features", where=WEIGHT, hint=hint)
 
     def _alone(self) -> poutine.Trace:
         """Return the trace of one run."""

@@ -28,9 +28,6 @@ from bayesnet.workflows.trained import NO_USER_CODE, UserCode, new_posterior
 class TrainListener(Listener):
     """Hears of a whole training run; the default does nothing."""
 
-    def on_note(self, text: str) -> None:
-        """Called with a plain sentence that the user should see."""
-
     def on_model(self, name: str, family: str) -> None:
         """Called before a model is trained."""
 
@@ -44,6 +41,7 @@ class RunContext(NamedTuple):
     listener: TrainListener
     stop_signal: Callable[[], int | None]
     user: UserCode = NO_USER_CODE
+    workers: int = 0
 
 
 class _Recorder(Listener):
@@ -51,6 +49,10 @@ class _Recorder(Listener):
 
     def __init__(self, run: RunDirectory, name: str, listener: Listener) -> None:
         self.run, self.name, self.listener = run, name, listener
+
+    def on_note(self, text: str) -> None:
+        """Pass it on."""
+        self.listener.on_note(text)
 
     def on_step(self, step: int, num_steps: int) -> None:
         """Pass it on."""
@@ -80,7 +82,7 @@ def fit_model(name: str, settings: Settings, context: RunContext, *, profile: Pa
         DivergedError: See `bayesnet.training.fit`.
         InterruptedRunError: A signal arrived; the checkpoint is committed.
     """
-    run, data, engine, listener, stop_signal, user = context
+    run, data, engine, listener, stop_signal, user, workers = context
     directory = run.model_checkpoints(name)
     checkpoint, rejected = newest_checkpoint(directory)
     for reason in rejected:
@@ -92,13 +94,12 @@ def fit_model(name: str, settings: Settings, context: RunContext, *, profile: Pa
         _restore_metrics(run, name, Progress.from_json(checkpoint.state.get("progress", {})))
     listener.on_model(name, settings.inference.family)
     augmentation = Augmentation.from_config(settings.data)
-    augmentation.check(data.preprocessing)
     return fit(
         new_posterior(
             settings, data.preprocessing, len(data.classes), num_examples, user, load_weights=checkpoint is None
         ),
-        TrainingData(data.train, data.preprocessing, augmentation, settings.data.workers),
-        _validator(settings, data, engine),
+        TrainingData(data.train, data.preprocessing, augmentation, workers),
+        _validator(settings, data, engine, workers),
         directory,
         engine=engine,
         optimizer=settings.optimizer,
@@ -144,7 +145,7 @@ def _metrics_line(name: str, report: EpochReport) -> JsonObject:
     return {"model": name, **report._asdict()}
 
 
-def _validator(settings: Settings, data: ImageData, engine: Engine) -> Callable[[Posterior], float]:
+def _validator(settings: Settings, data: ImageData, engine: Engine, workers: int) -> Callable[[Posterior], float]:
     """Return the function that gives a posterior's mean NLL on the validation split, nats."""
 
     def validate(posterior: Posterior) -> float:
@@ -154,7 +155,7 @@ def _validator(settings: Settings, data: ImageData, engine: Engine) -> Callable[
             engine=engine,
             num_samples=settings.predict.samples,
             chunk_size=settings.predict.chunk_size,
-            workers=settings.data.workers,
+            workers=workers,
         )
         return predictor.mean_nll(data.validation)
 

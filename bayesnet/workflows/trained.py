@@ -13,7 +13,7 @@ from torch import nn
 from bayesnet.backbones import build_backbone
 from bayesnet.calibration import Calibrator, calibrator_from_json
 from bayesnet.checkpoint import load_checkpoint, step_name
-from bayesnet.config import read_toml
+from bayesnet.config import read_toml, require
 from bayesnet.data import DataConfig, ImageData, Preprocessing, load_data
 from bayesnet.engine import Engine
 from bayesnet.errors import BayesnetError, CheckpointError, ConfigError, DataError
@@ -256,6 +256,10 @@ def load_model(run: RunDirectory, name: str, user: UserCode = NO_USER_CODE) -> T
     except CheckpointError:
         raise
     except (BayesnetError, KeyError, TypeError, ValueError) as error:
+        if user != NO_USER_CODE:  # the file is not to blame
+            raise ConfigError(
+                "the code that was given does not fit the run", where=run.path, hint=str(error)
+            ) from error
         raise CheckpointError("malformed checkpoint state", where=checkpoint.path, hint=str(error)) from error
     if run.read_json(run.classes.name).get("classes") != list(classes):
         raise CheckpointError("classes.json differs from the checkpoint's classes", where=run.classes)
@@ -266,10 +270,21 @@ def load_model(run: RunDirectory, name: str, user: UserCode = NO_USER_CODE) -> T
 def check_user_code(settings: Settings, user: UserCode, path: Path) -> None:
     """Raise CheckpointError where a run was trained with code of the caller's that is not given."""
     hint = "use bayesnet.load(run, backbone=..., guide=...) in Python"
-    if settings.backbone.name == "custom" and user.backbone is None:
+    own_backbone, own_guide = settings.backbone.name == "custom", getattr(settings.inference, "guide", None) == "custom"
+    if own_backbone and user.backbone is None:
         raise CheckpointError("the run's backbone is its author's own module", where=path, hint=hint)
-    if getattr(settings.inference, "guide", None) == "custom" and user.guide is None:
+    if own_guide and user.guide is None and model_name(settings) == "bayesian":
         raise CheckpointError("the run's guide is its author's own", where=path, hint=hint)
+    require(own_backbone or user.backbone is None, "the run has a backbone of ours", where=settings.backbone.name)
+    unasked = user.guide is not None and not own_guide and model_name(settings) == "bayesian"
+    require(not unasked, "the run has a guide of ours", where=settings.inference.family)
+
+
+def check_optimizer(settings: Settings, user: UserCode, path: Path) -> None:
+    """Raise CheckpointError where a run that is to go on was begun with an optimizer that is not given."""
+    if (settings.optimizer.name == "custom") != (user.optimizer is not None):
+        what = "the run's optimizer is its author's own" if user.optimizer is None else "the run has its own optimizer"
+        raise CheckpointError(what, where=path, hint="give BayesNetClassifier the same optimizer=... and resume=True")
 
 
 def record_calibrator(run: RunDirectory, record: JsonObject) -> Calibrator:

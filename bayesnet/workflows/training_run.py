@@ -6,27 +6,31 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import tomli_w
 import torch
 
 from bayesnet import metrics
 from bayesnet.checkpoint import checkpoint_digest
+from bayesnet.config import require
 from bayesnet.data import ImageData, load_data
 from bayesnet.data.images import write_png
 from bayesnet.data.sampling import effective_size
 from bayesnet.engine import Engine
 from bayesnet.errors import ConfigError, DataError, InterruptedRunError, StopRequest
+from bayesnet.profiling import check_trace_path
 from bayesnet.progress import FitResult
 from bayesnet.rundir import RunDirectory
 from bayesnet.settings import Settings, resolve_settings
 from bayesnet.types import JsonObject
 from bayesnet.workflows.environment import environment
 from bayesnet.workflows.fitting import RunContext, TrainListener, fit_model
+from bayesnet.workflows.preparing import check_models, check_same_settings, decided
 from bayesnet.workflows.trained import (
     NO_USER_CODE,
+    PYTHON_DATA,
     UserCode,
+    check_optimizer,
     check_user_code,
     load_again,
     load_model,
@@ -37,7 +41,6 @@ from bayesnet.workflows.trained import (
 )
 
 NUM_EXAMPLE_IMAGES = 8
-FILE_DATASETS = ("folder",)
 
 
 def train(
@@ -76,8 +79,8 @@ def train(
         freeze: Whether the backbone stays as it is.
         workers: Processes that read images ahead.
         out: The run directory, new or empty; without it one is made under ./runs.
-        resume: A run directory to go on with; it brings its own settings, so only ``devices`` and ``profile`` may be
-            given beside it.
+        resume: A run directory to go on with; it brings its own settings, so only ``devices``, ``workers`` and
+            ``profile`` may be given beside it.
         profile: File for a trace of a few steps of the last model, in Chrome's format.
         listener: Hears of progress.
         stop_signal: Asked after each step; a number ends the run with a committed checkpoint.
@@ -98,10 +101,16 @@ def train(
     kept = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in given.items()}
     flags = {section: values for section, values in kept.items() if values}
     if resume is not None:
-        settled = (data, family, backbone, epochs, seed, config, out, weights, freeze, workers)
+        settled = (data, family, backbone, epochs, seed, config, out, weights, freeze)
         if bayesian or overrides or any(value is not None for value in settled):
-            raise ConfigError("--resume takes its settings from the run", where=resume, hint="give only --devices")
-        return resume_run(resume, devices=devices, profile=trace, listener=listener, stop_signal=stop_signal)
+            raise ConfigError(
+                "--resume takes its settings from the run",
+                where=resume,
+                hint="give only --devices, --workers, --profile",
+            )
+        return resume_run(
+            resume, devices=devices, workers=workers, profile=trace, listener=listener, stop_signal=stop_signal
+        )
     settings = resolve_settings(
         config=config, data=data, family=family, bayesian=bayesian, overrides=overrides, flags=flags
     )
@@ -137,15 +146,21 @@ def start_run(
     """
     listener = listener or TrainListener()
     engine = Engine.for_one(settings.engine.devices)
-    settings = _with_preset(_with_absolute_root(settings), listener)
+    settings = decided(settings, listener)
+    what = "an optimizer of your own is optimizer.name = custom"
+    require((user.optimizer is not None) == (settings.optimizer.name == "custom"), what, where="optimizer.name")
+    if profile is not None:
+        check_trace_path(profile)
     image_data = _verified(data or load_data(settings.data), listener)
     # An absolute path, so that later commands find the data from any directory.
     settings = replace(settings, data=replace(settings.data, spec=image_data.spec))
     run = RunDirectory.create(None if out is None else Path(out), f"{image_data.name}-{settings.inference.family}")
     try:
         with run.lock():
+            check_models(_variants(settings), image_data, user)
             _write_head(run, settings, image_data)
-            return _train(settings, RunContext(run, image_data, engine, listener, stop_signal, user), profile)
+            context = RunContext(run, image_data, engine, listener, stop_signal, user, settings.data.workers)
+            return _train(settings, context, profile)
     except BaseException:
         run.discard()
         raise
@@ -156,7 +171,9 @@ def resume_run(
     *,
     data: ImageData | None = None,
     user: UserCode = NO_USER_CODE,
+    settings: Settings | None = None,
     devices: str | None = None,
+    workers: int | None = None,
     profile: Path | None = None,
     listener: TrainListener | None = None,
     stop_signal: Callable[[], int | None] = lambda: None,
@@ -167,7 +184,9 @@ def resume_run(
         path: The run directory.
         data: The run's data, where they were given from Python.
         user: The run's own code, where it was given from Python.
+        settings: Those that the caller believes the run to have; None asks nothing.
         devices: Other devices than the run began on.
+        workers: Another number of processes that read ahead.
         profile: File for a trace of a few steps of the last model.
         listener: Hears of progress.
         stop_signal: Asked after each step; a number ends the run with a committed checkpoint.
@@ -177,12 +196,19 @@ def resume_run(
     """
     listener = listener or TrainListener()
     run = RunDirectory.open(Path(path))
+    given, settings = settings, read_settings(run)
+    if given is not None:
+        check_same_settings(settings, decided(given, TrainListener()), run.path)
+    if data is not None:
+        _check_data(run, data)
     if run.is_finished:
         summary = read_finished(run)
         listener.on_note(f"{run.path} is finished; nothing to do")
         return summary
-    settings = read_settings(run)
     check_user_code(settings, user, run.path)
+    check_optimizer(settings, user, run.path)
+    if profile is not None:
+        check_trace_path(profile)
     engine = Engine.for_one(devices or settings.engine.devices)
     threads = run.read_json(run.environment.name).get("threads")
     if threads != torch.get_num_threads():
@@ -191,29 +217,23 @@ def resume_run(
         )
     with run.lock():
         image_data = _verified(data or load_again(settings.data), listener)
-        if run.read_json(run.classes.name).get("fingerprint") != image_data.fingerprint:
-            hint = "restore it, or train again"
-            raise DataError("the data set has changed since the run began", where=image_data.spec, hint=hint)
-        return _train(settings, RunContext(run, image_data, engine, listener, stop_signal, user), profile)
+        _check_data(run, image_data)
+        used = settings.data.workers if workers is None else workers
+        context = RunContext(run, image_data, engine, listener, stop_signal, user, used)
+        return _train(settings, context, profile)
 
 
-def _with_absolute_root(settings: Settings) -> Settings:
-    """Return the settings with an absolute ``data.root``, so that later commands find it from any directory."""
-    root = settings.data.root
-    absolute = str(Path(root).expanduser().absolute()) if root else ""
-    return replace(settings, data=replace(settings.data, root=absolute))
+def _check_data(run: RunDirectory, data: ImageData) -> None:
+    """Raise DataError unless the data are those that the run began with."""
+    if run.read_json(run.classes.name).get("fingerprint") != data.fingerprint:
+        hint = "restore it, or train again"
+        raise DataError("the data set has changed since the run began", where=data.spec, hint=hint)
 
 
-def _with_preset(settings: Settings, listener: TrainListener) -> Settings:
-    """Return the settings with ``data.preset`` decided: ImageNet's where image files meet weights of others."""
-    if settings.data.preset != "auto":
-        return settings
-    takes_files = settings.data.spec.partition(":")[0] in FILE_DATASETS
-    expected = settings.backbone.weights != "none" and takes_files and not settings.data.image_size
-    preset: Literal["imagenet", "none"] = "imagenet" if expected else "none"
-    if expected:
-        listener.on_note("Images are prepared as the backbone's weights expect: data.preset=imagenet.")
-    return replace(settings, data=replace(settings.data, preset=preset))
+def _variants(settings: Settings) -> tuple[Settings, ...]:
+    """Return the settings of each model of a run: the twin's where it is trained too, and these."""
+    wanted = settings.training.twin and model_name(settings) == "bayesian"
+    return (settings.twin(), settings) if wanted else (settings,)
 
 
 def _verified(data: ImageData, listener: TrainListener) -> ImageData:
@@ -237,7 +257,8 @@ def _train(settings: Settings, context: RunContext, profile: Path | None) -> Jso
     except (InterruptedRunError, StopRequest) as error:
         if not run.has_checkpoint:
             raise
-        hint = f"continue with `{resume_command(run)}`"
+        in_files = context.user == NO_USER_CODE and settings.data.spec != PYTHON_DATA
+        hint = f"continue with `{resume_command(run)}`" if in_files else "continue with fit(..., resume=True)"
         raise InterruptedRunError(error.exit_code - 128, where=run.path, hint=hint) from None
 
 
@@ -245,8 +266,7 @@ def _fit_and_evaluate(settings: Settings, context: RunContext, profile: Path | N
     """Train the twin and, where the settings are Bayesian, the Bayesian model; evaluate both; finish the run."""
     started = time.perf_counter()
     run, data = context.run, context.data
-    chosen = (settings.twin(), settings) if settings.training.twin else (settings,)
-    variants = {model_name(each): each for each in chosen}
+    variants = {model_name(each): each for each in _variants(settings)}
     if settings.training.balanced:
         size = effective_size(data.train.labels_N, balanced=True)
         context.listener.on_note(
@@ -283,7 +303,10 @@ def _write_head(run: RunDirectory, settings: Settings, data: ImageData) -> None:
     """Write what is known before training: configuration, environment, classes."""
     run.write_text(run.config.name, tomli_w.dumps(settings.to_mapping()))
     run.write_json(run.environment.name, environment())
-    run.write_json(run.classes.name, {"classes": list(data.classes), "fingerprint": data.fingerprint})
+    classes: JsonObject = {"classes": list(data.classes), "fingerprint": data.fingerprint}
+    if data.labels:
+        classes["labels"] = list(data.labels)
+    run.write_json(run.classes.name, classes)
 
 
 def _write_example_images(run: RunDirectory, data: ImageData) -> None:

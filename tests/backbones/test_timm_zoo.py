@@ -9,7 +9,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from bayesnet.backbones import BackboneConfig, build_backbone, describe, num_features, resolve, timm_zoo
+from bayesnet.backbones import (
+    BackboneConfig,
+    build_backbone,
+    describe,
+    expected_preprocessing,
+    num_features,
+    resolve,
+    timm_zoo,
+)
 from bayesnet.backbones.base import Hollow
 from bayesnet.errors import CheckpointError, ConfigError
 
@@ -45,6 +53,36 @@ class TestWithTimm:
     def test_facts(self) -> None:
         facts = describe("timm:resnet18.a1_in1k")
         assert facts[2:] == (512, 11_176_512, 224, None)
+
+    @pytest.mark.parametrize(
+        ("name", "size", "resize", "mean"),
+        [
+            ("vit_base_patch16_224", 224, 248, 0.5),
+            ("resnet18.a1_in1k", 224, 235, 0.485),
+            ("vit_base_patch16_clip_224.openai", 224, 248, 0.48145466),
+            ("volo_d5_512", 512, 512, 0.485),
+            ("test_resnet", 160, 168, 0.5),
+        ],
+    )
+    def test_what_weights_expect(self, name: str, size: int, resize: int, mean: float) -> None:
+        timm = pytest.importorskip("timm")
+
+        expected = expected_preprocessing(BackboneConfig(name=f"timm:{name}", weights="default"))
+        assert expected is not None
+        assert (expected.size, expected.resize, expected.mean[0]) == (size, resize, mean)
+        config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+        scale, crop, *_, normalize = timm.data.create_transform(**config).transforms
+        if name != "volo_d5_512":  # timm puts a border around its images, to crop more than there is
+            assert scale.size == resize
+        assert tuple(crop.size) == (size, size)
+        assert normalize.mean.tolist() == pytest.approx(expected.mean)
+        assert normalize.std.tolist() == pytest.approx(expected.std)
+
+    @pytest.mark.parametrize("name", ["test_resnet", "botnet50ts_256", "vit_base_patch16_sapiens2"])
+    def test_where_nothing_is_expected(self, name: str) -> None:
+        """Random weights, weights that nobody published, and those of images that are not square."""
+        weights = "none" if name == "test_resnet" else "default"
+        assert expected_preprocessing(BackboneConfig(name=f"timm:{name}", weights=weights)) is None
 
     @pytest.mark.parametrize(
         "name", ["resnet81", "hf-hub:timm/resnet18.a1_in1k", "local-dir:.", "resnet18.no_such_tag"]

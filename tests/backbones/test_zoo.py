@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from torchvision import models
 
 from bayesnet import weights
-from bayesnet.backbones import BackboneConfig, build_backbone, describe, num_features, resolve
+from bayesnet.backbones import (
+    BackboneConfig,
+    build_backbone,
+    describe,
+    expected_preprocessing,
+    num_features,
+    resolve,
+)
 from bayesnet.backbones.base import Hollow, features_shape, replace_stem
 from bayesnet.backbones.zoo import classification_network, names
+from bayesnet.data import DataConfig, Preprocessing
+from bayesnet.data.images import read_image
 from bayesnet.errors import ConfigError
 
 SOME = {
@@ -134,6 +148,79 @@ def test_default_weights_are_asked_for_by_torchvisions_own_hash(monkeypatch: pyt
     assert asked == [(url, "b8a52dc0", "torchvision-squeezenet1_1-b8a52dc0")]
 
 
+@pytest.mark.parametrize("prefix", ["", "torchvision:"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+def test_the_named_networks_are_asked_for_by_all_of_the_hash(
+    name: str, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def pretrained(url: str, *, sha256: str, name: str) -> dict[str, torch.Tensor]:
+        asked.append((url, sha256))
+        return {}
+
+    monkeypatch.setattr(weights, "pretrained", pretrained)
+    published = resolve(f"{prefix}{name}").published()
+    assert published is not None
+    assert published.read is not None
+    published.read()
+    [(url, sha256)] = asked
+    assert len(sha256) == 64
+    assert url == f"https://download.pytorch.org/models/{name}-{sha256[:8]}.pth"  # torchvision says the same of it
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "resize"),
+    [
+        ("resnet18", 224, 256),
+        ("resnet50", 224, 232),
+        ("torchvision:resnet18", 224, 256),
+        ("torchvision:mobilenet_v3_large", 224, 232),
+        ("torchvision:inception_v3", 299, 342),
+    ],
+)
+def test_images_are_prepared_as_torchvision_prepares_them(name: str, size: int, resize: int, tmp_path: Path) -> None:
+    expected = expected_preprocessing(BackboneConfig(name=name, weights="default"))
+    assert expected is not None
+    assert (expected.size, expected.resize) == (size, resize)
+    pixels = np.random.default_rng(0).integers(0, 256, (45, 60, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((450, 620), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "image.png")
+    preprocessing = Preprocessing(3, size, size, expected.mean, expected.std, resize=expected.resize)
+    found = preprocessing.normalize(read_image(tmp_path / "image.png", preprocessing)[None])
+    transforms = models.get_model_weights(name.removeprefix("torchvision:")).DEFAULT.transforms()
+    torch.testing.assert_close(found, transforms(image)[None], rtol=0, atol=0.02)  # one step of 255 is 0.0175
+    assert found.std() > 0.5  # it is no blank
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "resize", "mean"),
+    [
+        ("efficientnet_b4", 380, 384, 0.485),
+        ("efficientnet_v2_l", 480, 480, 0.5),
+        ("vit_b_16", 224, 256, 0.485),
+        ("regnet_y_400mf", 224, 232, 0.485),
+    ],
+)
+def test_what_weights_expect(name: str, size: int, resize: int, mean: float) -> None:
+    expected = expected_preprocessing(BackboneConfig(name=f"torchvision:{name}", weights="default"))
+    assert expected is not None
+    assert (expected.size, expected.resize, expected.mean[0], len(expected.std)) == (size, resize, mean, 3)
+    assert describe(f"torchvision:{name}").input_size == size
+
+
+def test_where_nothing_is_expected(tmp_path: Path) -> None:
+    for name, source in [
+        ("resnet18", "none"),
+        ("resnet18", str(tmp_path / "w.pth")),
+        ("small_cnn", "default"),
+        ("custom", "default"),
+    ]:
+        assert expected_preprocessing(BackboneConfig(name=name, weights=source)) is None
+    with pytest.raises(ConfigError, match=r"^unknown backbone \(resnet81\)"):
+        expected_preprocessing(BackboneConfig(name="resnet81", weights="default"))
+
+
 def test_weights_of_another_librarys_networks_come_with_its_normalisation() -> None:
     found = [classification_network("googlenet", original=original).transform_input for original in (True, False)]
     assert found == [True, False]
@@ -155,3 +242,8 @@ def test_every_network(name: str) -> None:
     assert facts.accuracy is not None
     assert 0.5 < facts.accuracy < 0.9
     assert facts.input_size in range(224, 601)
+    expected = expected_preprocessing(BackboneConfig(name=f"torchvision:{name}", weights="default"))
+    assert expected is not None
+    assert (expected.size, len(expected.mean), len(expected.std)) == (facts.input_size, 3, 3)
+    config = DataConfig(image_size=expected.size, resize=expected.resize, mean=expected.mean, std=expected.std)
+    assert config.statistics == (expected.mean, expected.std)

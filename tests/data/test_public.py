@@ -19,7 +19,7 @@ import scipy.io
 import torch
 from numpy.typing import NDArray
 
-from bayesnet import download, workflows
+from bayesnet import download, weights, workflows
 from bayesnet.data import DATASETS, DataConfig, ImageData, Preprocessing, archives, load_data, public
 from bayesnet.errors import BayesnetError, ConfigError, DataError
 
@@ -273,8 +273,8 @@ def test_archives_that_are_damaged(install: Install) -> None:
         tar_gz(cifar10_members()[:-1]): "archive has no cifar-10-batches-py/data_batch_5",
         tar_gz([(f"../{name}", data) for name, data in cifar10_members()]): "archive has no cifar-10-batches-py",
         tar_gz([(f"/{name}", data) for name, data in cifar10_members()]): "archive has no cifar-10-batches-py",
-        tar_gz(cifar10_members() * 2): "member of the archive is a link or there twice",
-        changed_cifar10("data_batch_2", None): "member of the archive is a link or there twice",
+        tar_gz(cifar10_members() * 2): "member of the archive is no plain file or there twice",
+        changed_cifar10("data_batch_2", None): "member of the archive is no plain file or there twice",
         tar_gz([(f"{number}", b"") for number in range(65)]): "archive has more than 64 members",
         changed_cifar10("data_batch_2", b"hello"): "not a pickle of arrays",
         changed_cifar10("data_batch_2", b"I1\n."): "archive holds no rows of 3072 pixels",
@@ -297,7 +297,7 @@ def test_a_link_out_of_the_archive_is_not_followed(install: Install) -> None:
     folder = install("cifar10", [changed_cifar10("data_batch_1", None)])
     path = folder / "cifar-10-python.tar.gz"
     assert refusal(DataError, "cifar10") == (
-        f"member of the archive is a link or there twice ({path}: cifar-10-batches-py/data_batch_1)"
+        f"member of the archive is no plain file or there twice ({path}: cifar-10-batches-py/data_batch_1)"
     )
     assert [each.name for each in folder.iterdir()] == [path.name]
 
@@ -307,6 +307,22 @@ def test_a_bomb_is_not_unpacked(install: Install, monkeypatch: pytest.MonkeyPatc
     for name in ("cifar10", "mnist"):
         install(name)
         assert refusal(DataError, name).startswith("file unpacks to more than 10000 bytes (")
+
+
+def test_what_is_hashed_is_what_is_parsed(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody puts another file in the place of each as soon as it has been checked."""
+    for name in public.SETS:
+        install(name)
+    expected = {name: load_data(DataConfig(spec=name)).fingerprint for name in public.SETS}
+    fetch = weights.fetch
+
+    def fetch_and_swap(url: str, folder: Path, *, sha256: str, file_name: str) -> object:
+        fetched = fetch(url, folder, sha256=sha256, file_name=file_name)
+        (folder / file_name).write_bytes(b"something else")
+        return fetched
+
+    monkeypatch.setattr(weights, "fetch", fetch_and_swap)
+    assert {name: load_data(DataConfig(spec=name)).fingerprint for name in public.SETS} == expected
 
 
 def test_labels_and_images_that_do_not_fit(install: Install) -> None:
@@ -340,8 +356,25 @@ def test_idx_and_matlab_files_that_are_damaged(install: Install) -> None:
     assert refusal(DataError, "mnist").startswith("cannot unpack the file (")
     train, test = originals("svhn")
     images, labels = noise("svhn")["test"]
+    images, labels = noise("svhn")["test"]
     other = io.BytesIO()
     scipy.io.savemat(other, {"X": images.transpose(2, 3, 1, 0).astype(np.float32), "y": labels[:, None] + 1})
     for content in (b"", b"hello" * 100, train[: len(train) // 2], other.getvalue()):
         install("svhn", [content, test])
         assert refusal(DataError, "svhn").startswith("cannot read the MATLAB file (")
+
+
+def test_statistics_that_are_given(install: Install) -> None:
+    """They are taken as they are, and nothing is measured; digits and mnist take the same way."""
+    install("mnist")
+    for name in ("mnist", "digits"):
+        given = load_data(DataConfig(spec=name, mean=(0.25,), std=(0.5,))).preprocessing
+        assert (given.mean, given.std) == ((0.25,), (0.5,))
+        colour = load_data(DataConfig(spec=name, channels=3, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))).preprocessing
+        assert (colour.channels, colour.mean, colour.std) == (3, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+        assert refusal(ConfigError, name, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)) == (
+            f"{name} has 1 channel (data.mean has 3): set data.channels or leave it out"
+        )
+    assert refusal(ConfigError, "mnist", image_size=28, resize=32) == (
+        "only image files are scaled and cropped (data.resize): leave it at 0"
+    )

@@ -1,0 +1,133 @@
+"""Before a run: what the settings leave open is decided, and what could fail hours later is tried now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bayesnet.backbones import expected_preprocessing
+from bayesnet.config import require
+from bayesnet.data import ImageData
+from bayesnet.data.augment import Augmentation
+from bayesnet.data.sampling import effective_size
+from bayesnet.errors import BayesnetError, ConfigError
+from bayesnet.inference.base import Posterior
+from bayesnet.optim import build_optimizers
+from bayesnet.settings import Settings
+from bayesnet.workflows.fitting import TrainListener
+from bayesnet.workflows.trained import NO_USER_CODE, UserCode, new_posterior
+
+FILE_DATASETS = ("folder",)
+
+
+def decided(settings: Settings, listener: TrainListener) -> Settings:
+    """Return the settings with paths made absolute and the preset decided, telling what was decided for the user."""
+    root = settings.data.root
+    absolute = str(Path(root).expanduser().absolute()) if root else ""
+    settings = replace(settings, data=replace(settings.data, root=absolute))
+    if settings.backbone.freeze and settings.backbone.weights == "none" and settings.backbone.name != "custom":
+        listener.on_note("The backbone is frozen at random weights: give --weights, or it knows nothing of images.")
+    return _with_preset(settings, listener)
+
+
+def _with_preset(settings: Settings, listener: TrainListener) -> Settings:
+    """Return the settings with ``data.preset`` decided: image files are prepared as published weights expect them."""
+    data = settings.data
+    if data.preset != "auto":
+        return settings
+    data = replace(data, preset="none")
+    untold = data.spec.partition(":")[0] in FILE_DATASETS and not (data.image_size or data.mean)
+    expected = expected_preprocessing(settings.backbone) if untold else None
+    if expected is not None:
+        size, resize, mean, std = expected
+        data = replace(data, image_size=size, channels=data.channels or 3, resize=resize, mean=mean, std=std)
+        listener.on_note(
+            "Images are prepared as for the published weights (data.resize, image_size, mean and std): a short side of "
+            f"{resize or size}, the central {size} x {size} pixels, the publisher's statistics."
+        )
+    elif untold and settings.backbone.weights != "none":
+        listener.on_note(
+            "Size and statistics come from your images: what your weights were trained with is not known. "
+            "ImageNet's are --set data.preset=imagenet."
+        )
+    return replace(settings, data=data)
+
+
+def check_models(variants: Sequence[Settings], data: ImageData, user: UserCode) -> None:
+    """Build every model of a run once, so that what is wrong with the last one is not found after the first is trained.
+
+    Args:
+        variants: Settings of each model.
+        data: What they will be trained on.
+        user: The caller's own code; it is tried on two black images.
+
+    Raises:
+        ConfigError: A value is out of range, or the caller's own code does not fit.
+    """
+    own = user != NO_USER_CODE
+    for settings in variants:
+        Augmentation.from_config(settings.data).check(data.preprocessing)
+        num_examples = effective_size(data.train.labels_N, balanced=settings.training.balanced)
+        sizes = data.preprocessing, len(data.classes), num_examples
+        try:
+            with torch.random.fork_rng(devices=[]):
+                posterior = new_posterior(settings, *sizes, user, load_weights=False)
+                build_optimizers(posterior, settings.optimizer, user.optimizer)
+                _check_storage(posterior)
+                if own:
+                    _try_loss(posterior, data)
+        except BayesnetError:
+            raise
+        except Exception as error:
+            if not own:
+                raise
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise ConfigError("the code that was given fails", where=settings.inference.family, hint=reason) from error
+
+
+def _check_storage(posterior: Posterior) -> None:
+    """Raise ConfigError where two tensors share memory, as tied weights do: a checkpoint holds each tensor once."""
+    seen: dict[int, str] = {}
+    for name, tensor in posterior.state_dict().items():
+        if tensor.numel():
+            first = seen.setdefault(tensor.untyped_storage().data_ptr(), name)
+            what = "two tensors of the model share memory (tied weights)"
+            require(first == name, what, where=f"{first}, {name}", hint="use a copy in one of the places")
+
+
+def _try_loss(posterior: Posterior, data: ImageData) -> None:
+    """Run one loss and its gradient on two black images."""
+    pixels_2CHW = torch.zeros(2, *data.preprocessing.shape, dtype=data.train.read([0]).dtype)
+    loss = posterior.train().loss(data.preprocessing.normalize(pixels_2CHW), torch.tensor([0, 1]))
+    torch.autograd.backward(loss.total)
+
+
+def check_same_settings(run: Settings, given: Settings, where: Path) -> None:
+    """Raise ConfigError where a run that is to go on was begun with other settings than are given now.
+
+    Args:
+        run: Its settings.
+        given: Those of the caller; devices, workers and where the data lie may differ.
+        where: The run directory.
+
+    Raises:
+        ConfigError: Naming the first key that differs.
+    """
+    ours, theirs = _comparable(run), _comparable(given)
+    for section, values in ours.items():
+        keys = values.keys() | theirs[section].keys()
+        for key in sorted(keys, key=lambda key: (key not in ("family", "name"), key)):  # what explains the others first
+            old, new = values.get(key), theirs[section].get(key)
+            what = f"the run was begun with another {section}.{key}"
+            require(old == new, what, where=f"{where}", hint=f"it has {old!r}, given is {new!r}")
+
+
+def _comparable(settings: Settings) -> dict[str, dict[str, object]]:
+    mapping = settings.to_mapping()
+    mapping.pop("engine", None)
+    for key in ("spec", "root", "workers", "preset"):
+        mapping["data"].pop(key, None)
+    return mapping
