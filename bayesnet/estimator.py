@@ -19,7 +19,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
-from bayesnet.calibration import prediction_sets, threshold_from_json
+from bayesnet.calibration import prediction_sets
 from bayesnet.config import require
 from bayesnet.data import ImageData
 from bayesnet.data.labels import label_list
@@ -38,16 +38,16 @@ from bayesnet.workflows.python_side import (
     fit_settings,
     held_out_digest,
     images_of,
+    is_new,
     loaded_arguments,
     read_labels,
 )
 from bayesnet.workflows.trained import (
     PYTHON_DATA,
+    CalibratedModel,
     UserCode,
-    load_calibration,
-    load_model,
+    load_calibrated,
     read_finished,
-    record_calibrator,
     trained_names,
 )
 from bayesnet.workflows.training_run import resume_run, start_run
@@ -171,7 +171,8 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         else:
             out = self._temporary_folder() / "run" if self.out is None else checked_path(self.out, "out")
             summary = self._start(settings, data, user, out, listener, stop_signal)
-        self._take(RunDirectory.open(Path(summary["run"])), None)
+        run = RunDirectory.open(Path(summary["run"]))
+        self._take(run, *_model_of(run, None, user))
         self._data, self._digest = data, held_out_digest(data)
         return self
 
@@ -185,9 +186,8 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         stop_signal: Callable[[], int | None],
     ) -> JsonObject:
         """Start a run; its summary."""
-        used = out.exists() and (not out.is_dir() or any(out.iterdir()))
         hint = "give another one, or fit(..., resume=True)"
-        require(not used, "the run directory is not empty", where=f"{out}", hint=hint)
+        require(is_new(out), "the run directory is not empty", where=f"{out}", hint=hint)
         try:
             return start_run(settings, data=data, user=user, out=out, listener=listener, stop_signal=stop_signal)
         except InterruptedRunError as error:
@@ -208,7 +208,8 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
 
     def predict_proba(self, X: object) -> NDArray[np.float64]:
         """Return the mean probability of each class (N, K) over the posterior, calibrated once `calibrate` has run."""
-        return self.predict_interval(X).probability_NK
+        self._check_fitted()
+        return self._predictor.probabilities(images_of(X, self._preprocessing))
 
     def predict_interval(self, X: object, level: float = 0.9) -> Interval:
         """Return an interval on the probability of each class, which the mean always lies in.
@@ -273,7 +274,8 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         Raises:
             DataError: There is not one label per image, or the classifier knows none of them.
         """
-        labels, known = label_list(y, "y"), set(self._fitted_classes().tolist())
+        self._check_fitted()
+        labels, known = label_list(y, "y"), set(self.classes_.tolist())
         predicted = self.predict(X).tolist()
         if len(labels) != len(predicted):
             raise DataError("expected one label per image", where=f"{len(predicted)} images, {len(labels)} labels")
@@ -301,8 +303,10 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         require(not gone, "the data were given to fit and are gone", where=f"{self.run_}", hint="fit again")
         if data is not None and held_out_digest(data) != self._digest:
             raise DataError("the data have changed since fit", where="calibration or test", hint="give fit a copy")
-        record = calibrate(self.run_, alpha=alpha, devices=self.devices, data=data, user=self._user_code())
-        self._take(RunDirectory.open(self.run_), self._model_name)
+        user = self._user_code()
+        record = calibrate(self.run_, alpha=alpha, devices=self.devices, data=data, user=user)
+        run = RunDirectory.open(self.run_)
+        self._take(run, *_model_of(run, self._model_name, user))
         return record
 
     def save(self, path: str | Path) -> Path:
@@ -318,7 +322,7 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         target = checked_path(path, "path")
         if not self.run_.is_dir():
             raise StorageError("the run directory is gone", where=self.run_, hint="fit again, with out=...")
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if not is_new(target):
             raise StorageError("not an empty directory", where=target, hint="choose another path")
         try:
             shutil.copytree(self.run_, target, dirs_exist_ok=True)
@@ -341,25 +345,14 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return Path(folder)
 
-    def _take(self, run: RunDirectory, model: str | None) -> None:
-        """Take up the trained model of a run, with its calibration if there is one."""
-        self.summary_ = read_finished(run)
-        names = trained_names(self.summary_, run.path)
-        require(model is None or model in names, f"the run has {', '.join(names)}", where=f"model = {model}")
-        trained = load_model(run, model or names[-1], self._user_code()._replace(optimizer=None))
-        record = load_calibration(run, trained)
-        calibrator = None if record is None else record_calibrator(run, record)
-        self.run_, self._model_name = run.path, trained.name
+    def _take(self, run: RunDirectory, summary: JsonObject, model: CalibratedModel) -> None:
+        """Take up the trained model of a run."""
+        trained, calibrator, self._threshold = model
+        self.run_, self.summary_, self._model_name = run.path, summary, trained.name
         self.classes_ = read_labels(run, trained.classes)
         self._preprocessing = trained.preprocessing
         self._python_data = trained.settings.data.spec == PYTHON_DATA
-        self._threshold = None if record is None else threshold_from_json(record["threshold"])
         self._predictor: Predictor = trained.predictor(Engine.for_one(self.devices), calibrator=calibrator)
-
-    def _fitted_classes(self) -> NDArray[Any]:
-        """Return ``classes_`` of a fitted classifier."""
-        self._check_fitted()
-        return self.classes_
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "_predictor"):
@@ -388,13 +381,18 @@ def load(
         DeviceError: The device does not exist.
     """
     directory = find_run(None if run is None else checked_path(run, "run"))
-    names = trained_names(read_finished(directory), directory.path)
-    require(model is None or model in names, f"the run has {', '.join(names)}", where=f"model = {model}")
-    name = model or names[-1]
-    settings = load_model(directory, name, UserCode(backbone, guide if name == "bayesian" else None)).settings
-    arguments = loaded_arguments(settings)
+    summary, found = _model_of(directory, model, UserCode(backbone, guide))
+    arguments = loaded_arguments(found.trained.settings)
     if backbone is not None:
         arguments["backbone"] = backbone
     classifier = BayesNetClassifier(**arguments, guide=guide, devices=devices)
-    classifier._take(directory, name)
+    classifier._take(directory, summary, found)
     return classifier
+
+
+def _model_of(run: RunDirectory, model: str | None, user: UserCode) -> tuple[JsonObject, CalibratedModel]:
+    """Return a finished run's summary, and the model that is named, or the Bayesian one where there is one."""
+    summary = read_finished(run)
+    names = trained_names(summary, run.path)
+    require(model is None or model in names, f"the run has {', '.join(names)}", where=f"model = {model}")
+    return summary, load_calibrated(run, model or names[-1], user._replace(optimizer=None))

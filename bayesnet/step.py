@@ -83,14 +83,13 @@ class _Batch(NamedTuple):
         """Add the gradient of the whole batch to the parameters; return its detached loss, the KL counted once."""
         if self.num_parts == 1:
             return self._backward(self.x_BCHW, self.y, 1.0)
-        parts = zip(self.x_BCHW.tensor_split(self.num_parts), self.y.tensor_split(self.num_parts), strict=True)
-        shares = [len(x_bCHW) / len(self.x_BCHW) for x_bCHW in self.x_BCHW.tensor_split(self.num_parts)]
-        losses = [self._backward(x_bCHW, y, share) for (x_bCHW, y), share in zip(parts, shares, strict=True)]
-        weights = zip(shares, losses, strict=True)
-        total, nll, kl, fit = (
-            torch.stack(terms).sum(0) for terms in zip(*([s * t for t in loss] for s, loss in weights), strict=True)
-        )
-        return Loss(total, nll, kl, fit)
+        weighted: list[list[Tensor]] = []
+        for x_bCHW, y in zip(
+            self.x_BCHW.tensor_split(self.num_parts), self.y.tensor_split(self.num_parts), strict=True
+        ):
+            share = len(x_bCHW) / len(self.x_BCHW)
+            weighted.append([share * term for term in self._backward(x_bCHW, y, share)])
+        return Loss(*(torch.stack(terms).sum(0) for terms in zip(*weighted, strict=True)))
 
     def _backward(self, x_bCHW: Tensor, y: Tensor, share: float) -> Loss:
         loss = self.posterior.loss(x_bCHW, y)

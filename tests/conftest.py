@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
+import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ IMAGES_PER_CLASS = 24
 SIDE = 16
 
 Snapshot = Callable[[Path], dict[str, str]]
+Serve = Callable[[dict[str, bytes]], list[str]]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
@@ -92,3 +96,24 @@ def folder_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder_copy(folder_data: Path, tmp_path: Path) -> Path:
     """Give a copy of ``folder_data`` to change."""
     return Path(shutil.copytree(folder_data, tmp_path / "photos"))
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
+    """Give a function that puts files on a pretended network and returns the list of what is then asked for."""
+
+    def start(files: dict[str, bytes]) -> list[str]:
+        asked: list[str] = []
+
+        def open_url(url: str) -> IO[bytes]:
+            asked.append(url)
+            if url not in files:
+                raise urllib.error.URLError("Name or service not known")
+            return io.BytesIO(files[url])
+
+        from bayesnet import download
+
+        monkeypatch.setattr(download, "_open_url", open_url)
+        return asked
+
+    return start

@@ -9,7 +9,6 @@ import urllib.request
 from collections.abc import Callable
 from http.client import HTTPMessage
 from pathlib import Path
-from typing import IO
 
 import pytest
 
@@ -21,25 +20,6 @@ CONTENT = b"one two three"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 Serve = Callable[[dict[str, bytes]], list[str]]
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
-    """Give a function that puts files on a pretended network and returns the list of what is then asked for."""
-
-    def start(files: dict[str, bytes]) -> list[str]:
-        asked: list[str] = []
-
-        def open_url(url: str) -> IO[bytes]:
-            asked.append(url)
-            if url not in files:
-                raise urllib.error.URLError("Name or service not known")
-            return io.BytesIO(files[url])
-
-        monkeypatch.setattr(download, "_open_url", open_url)
-        return asked
-
-    return start
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

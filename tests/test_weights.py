@@ -6,12 +6,9 @@ import hashlib
 import io
 import os
 import struct
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pytest
@@ -19,29 +16,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from bayesnet import download, storage, weights
+from bayesnet import storage, weights
 from bayesnet.errors import CheckpointError
 
 Serve = Callable[[dict[str, bytes]], list[str]]
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
-    """Give a function that puts files on a pretended network and returns the list of what is then asked for."""
-
-    def start(files: dict[str, bytes]) -> list[str]:
-        asked: list[str] = []
-
-        def open_url(url: str) -> IO[bytes]:
-            asked.append(url)
-            if url not in files:
-                raise urllib.error.URLError("Name or service not known")
-            return io.BytesIO(files[url])
-
-        monkeypatch.setattr(download, "_open_url", open_url)
-        return asked
-
-    return start
 
 
 def state_dict() -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bayesnet.config import require
 from bayesnet.data.dataset import SPLITS, DataConfig, DataSource, ImageData
 from bayesnet.data.digits import DIGITS
 from bayesnet.data.examples import ArrayExamples, Examples, FileExamples
@@ -54,6 +53,5 @@ def load_data(config: DataConfig, preprocessing: Preprocessing | None = None) ->
     if not source.takes_path and ":" in config.spec:
         raise ConfigError("the data set takes no path", where=config.spec, hint=f"write {name}")
     data = source.load(config, argument, preprocessing)
-    side = min(data.preprocessing.height, data.preprocessing.width)
-    require(config.crop_padding < side, f"must be below the image side, {side}", where="data.crop_padding")
+    config.check_padding(data.preprocessing.height, data.preprocessing.width)
     return data

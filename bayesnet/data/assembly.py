@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+
+from torch import Tensor
 
 from bayesnet.config import require
 from bayesnet.data.dataset import SPLITS, DataConfig, ImageData
@@ -42,16 +44,10 @@ def assemble(
     """
     require(config.resize == 0, "only image files are scaled and cropped", where="data.resize", hint="leave it at 0")
     digest = hashlib.sha256(content)
-    splits = dict(sources)
-    carved = [split for split in SPLITS if split == "train" or split not in sources]
-    if len(carved) > 1:
-        shares = dict(zip(SPLITS, config.fractions, strict=True))
-        whole = sources["train"]
-        parts = stratified_split(whole.labels_N, [shares[split] for split in carved], seed=config.seed)
-        check_every_class(parts, whole.labels_N, classes, "data.fractions")
-        for split, part_N in zip(carved, parts, strict=True):
-            digest.update(split.encode() + part_N.numpy().astype("<i8").tobytes())
-            splits[split] = SubsetExamples(whole, part_N)
+    splits, whole = dict(sources), sources["train"]
+    for split, part_N in carve(whole.labels_N, sources, classes, config).items():
+        digest.update(split.encode() + part_N.numpy().astype("<i8").tobytes())
+        splits[split] = SubsetExamples(whole, part_N)
     if preprocessing is None:
         pixels_1CHW = splits["train"].read([0])
         _, channels, height, width = pixels_1CHW.shape
@@ -74,6 +70,33 @@ def assemble(
         notes=tuple(notes),
         fingerprint=digest.hexdigest(),
     )
+
+
+def carve(labels_N: Tensor, given: Container[str], classes: Sequence[str], config: DataConfig) -> dict[str, Tensor]:
+    """Return which training examples every missing split gets, and which are left to train, by class and by seed.
+
+    Args:
+        labels_N: int64 class indices of the training examples.
+        given: The splits that are there already.
+        classes: Names in index order.
+        config: The section ``data``: fractions and seed.
+
+    Returns:
+        Split to sorted indices, ``train`` first; nothing where no split is missing.
+
+    Raises:
+        DataError: A class has too few examples.
+    """
+    shares = {
+        split: share
+        for split, share in zip(SPLITS, config.fractions, strict=True)
+        if split == "train" or split not in given
+    }
+    if len(shares) == 1:
+        return {}
+    parts = stratified_split(labels_N, list(shares.values()), seed=config.seed)
+    check_every_class(parts, labels_N, classes, "data.fractions")
+    return dict(zip(shares, parts, strict=True))
 
 
 def fixed_channels(

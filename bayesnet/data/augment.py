@@ -19,14 +19,11 @@ from torch import Tensor
 from bayesnet.config import require
 from bayesnet.data.dataset import DataConfig
 from bayesnet.data.preprocessing import Preprocessing
+from bayesnet.data.streams import Stream, raw_numbers, uniform_numbers
 
 CROP_ASPECT = 3 / 4, 4 / 3
 ERASE_ASPECT = 0.3, 3.3
 GREY_WEIGHTS = 0.2989, 0.587, 0.114
-
-# The stream of each kind of draw, so that turning one on changes no other. Crop and flip have the stream without a
-# number, the order of an epoch has 1; a 0 would be that without a number again.
-_ROTATION, _CROP, _COLOUR, _ERASE = 0x0A01, 0x0A02, 0x0A03, 0x0A04
 
 
 @dataclass(frozen=True)
@@ -150,25 +147,27 @@ def epoch_draws(num_examples: int, augmentation: Augmentation, *, seed: int, epo
         >>> draws.offset_N2.shape, draws.flip_N.dtype
         (torch.Size([4, 2]), torch.bool)
     """
-    # NumPy promises the same raw stream in every version; it makes no such promise of shuffles, nor torch of randint.
-    raw_N3 = np.random.PCG64([seed, epoch]).random_raw(3 * num_examples).reshape(num_examples, 3)
+    raw_N3 = raw_numbers(3 * num_examples, seed=seed, epoch=epoch).reshape(num_examples, 3)
     padding = augmentation.crop_padding
     offset_N2 = (raw_N3[:, :2] % np.uint64(2 * padding + 1)).astype(np.int64) - padding
     flip_N = (raw_N3[:, 2] % np.uint64(2) == 1) & augmentation.flip
     draws = AugmentDraws(torch.from_numpy(offset_N2), torch.from_numpy(flip_N))
+
+    def uniform(columns: int, stream: Stream) -> NDArray[np.float64]:
+        return uniform_numbers(num_examples, columns, seed=seed, epoch=epoch, stream=stream)
+
     if augmentation.rotate:
-        angle_N = np.radians(augmentation.rotate) * (2 * _uniform(num_examples, 1, [seed, epoch, _ROTATION])[:, 0] - 1)
+        angle_N = np.radians(augmentation.rotate) * (2 * uniform(1, Stream.ROTATION)[:, 0] - 1)
         # Taken here, not on the device: two devices' sines differ in the last bit.
         draws = draws._replace(rotation_N2=_float32(np.cos(angle_N), np.sin(angle_N)))
     if augmentation.min_crop < 1:
-        uniform_N4 = _uniform(num_examples, 4, [seed, epoch, _CROP])
-        draws = draws._replace(crop_N4=_boxes(uniform_N4, augmentation.min_crop, 1, CROP_ASPECT))
+        draws = draws._replace(crop_N4=_boxes(uniform(4, Stream.CROP), augmentation.min_crop, 1, CROP_ASPECT))
     if augmentation.colour:
-        factor_N3 = 1 + augmentation.colour * (2 * _uniform(num_examples, 3, [seed, epoch, _COLOUR]) - 1)
+        factor_N3 = 1 + augmentation.colour * (2 * uniform(3, Stream.COLOUR) - 1)
         draws = draws._replace(colour_N3=_float32(*factor_N3.T))
     if augmentation.erase:
-        uniform_N4 = _uniform(num_examples, 4, [seed, epoch, _ERASE])
-        draws = draws._replace(erase_N4=_boxes(uniform_N4, augmentation.erase, augmentation.erase, ERASE_ASPECT))
+        box_N4 = _boxes(uniform(4, Stream.ERASE), augmentation.erase, augmentation.erase, ERASE_ASPECT)
+        draws = draws._replace(erase_N4=box_N4)
     return draws
 
 
@@ -303,12 +302,6 @@ def _mean(x_BCHW: Tensor) -> Tensor:
         pairs_BCP = sum_BCP[:, :, :half] + sum_BCP[:, :, half : 2 * half]
         sum_BCP = torch.cat([pairs_BCP, sum_BCP[:, :, 2 * half :]], 2) if size % 2 else pairs_BCP
     return sum_BCP[..., None] / (x_BCHW.shape[2] * x_BCHW.shape[3])
-
-
-def _uniform(num: int, columns: int, key: list[int]) -> NDArray[np.float64]:
-    """Return uniform numbers in [0, 1), shape (num, columns), from the raw stream of a key."""
-    raw_NK = np.random.PCG64(key).random_raw(num * columns).reshape(num, columns)
-    return (raw_NK >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _boxes(uniform_N4: NDArray[np.float64], low: float, high: float, aspect: tuple[float, float]) -> Tensor:

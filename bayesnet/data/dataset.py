@@ -105,6 +105,11 @@ class DataConfig:
         what = f"must be 0 or at least the image size, {crop}, and at most {MAX_SIDE}"
         require(resize_is_right, what, where=f"data.resize = {self.resize}")
 
+    def check_padding(self, height: int, width: int) -> None:
+        """Raise ConfigError unless ``crop_padding`` is below the images' shorter side, pixels."""
+        side = min(height, width)
+        require(self.crop_padding < side, f"must be below the image side, {side}", where="data.crop_padding")
+
     def _check_statistics(self) -> None:
         """Raise ConfigError unless mean and std are both absent, or fit each other and the channels."""
         lengths = len(self.mean), len(self.std)

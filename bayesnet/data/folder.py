@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
+from bayesnet.data.assembly import carve
 from bayesnet.data.dataset import IMAGENET_RESIZE, IMAGENET_SIDE, SPLITS, DataConfig, DataSource, ImageData
 from bayesnet.data.examples import FileExamples
 from bayesnet.data.images import image_size
 from bayesnet.data.preprocessing import Preprocessing
 from bayesnet.data.scan import Scan, SourceFile, scan_folder
-from bayesnet.data.splits import check_every_class, stratified_split
 from bayesnet.data.statistics import channel_statistics
 from bayesnet.errors import ConfigError, DataError, printable
 
@@ -89,16 +89,14 @@ def _four_splits(scan: Scan, config: DataConfig, root: Path) -> tuple[dict[str, 
         for split, by_class in scan.files.items()
     }
     notes = [_absent(split, by_class, scan.classes) for split, by_class in scan.files.items()]
-    shares = dict(zip(SPLITS, config.fractions, strict=True))
-    carved = [split for split in SPLITS if split == "train" or split not in found]
-    if len(carved) > 1:
-        whole = found["train"]
-        labels_N = torch.tensor([label for _, label in whole], dtype=torch.int64)
-        parts = stratified_split(labels_N, [shares[split] for split in carved], seed=config.seed)
-        check_every_class(parts, labels_N, scan.classes, "data.fractions")
-        found |= {split: [whole[index] for index in part.tolist()] for split, part in zip(carved, parts, strict=True)}
-        counts = ", ".join(f"{len(found[split])} {split}" for split in carved)
-        missing = " and ".join(filter(None, [", ".join(carved[1:-1]), carved[-1]]))
+    whole = found["train"]
+    labels_N = torch.tensor([label for _, label in whole], dtype=torch.int64)
+    parts = carve(labels_N, found, scan.classes, config)
+    if parts:
+        found |= {split: [whole[index] for index in part_N.tolist()] for split, part_N in parts.items()}
+        counts = ", ".join(f"{len(found[split])} {split}" for split in parts)
+        _, *others, last = parts
+        missing = " and ".join(filter(None, [", ".join(others), last]))
         notes.append(
             f"There is no folder for {missing}: carved from the training images by class "
             f"and seed {config.seed} ({counts})."

@@ -337,11 +337,7 @@ def _check_alike(examples: Mapping[str, Examples], config: DataConfig, preproces
     wanted = 3 if config.preset == "imagenet" else config.channels
     where = "data.preset" if config.preset == "imagenet" else "data.channels"
     require(wanted in (0, channels), f"the images have {channels} channel{'s' * (channels != 1)}", where=where)
-    require(
-        config.crop_padding < min(height, width),
-        f"must be below the image side, {min(height, width)}",
-        where="data.crop_padding",
-    )
+    config.check_padding(height, width)
 
 
 def _check_fits(examples: Examples, preprocessing: Preprocessing) -> None:

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-# The third number of a stream's key. Augmentation has streams of its own, in augment.
-_ORDER, _MIXUP, _BALANCE = 1, 7, 8
+from bayesnet.data.streams import Stream, raw_numbers, uniform_numbers
 
 
 def epoch_order(num_examples: int, *, seed: int, epoch: int) -> Tensor:
     """Return the order (N,) of the training images in an epoch: a permutation, a function of seed and epoch alone."""
-    # Not torch's generator: on a CPU it takes 32 bits of its seed, so that all seeds would give one order.
-    return torch.from_numpy(np.argsort(_raw(seed, epoch, _ORDER, num_examples), kind="stable"))
+    raw_N = raw_numbers(num_examples, seed=seed, epoch=epoch, stream=Stream.ORDER)
+    return torch.from_numpy(np.argsort(raw_N, kind="stable"))
 
 
 def balanced_order(labels_N: Tensor, *, seed: int, epoch: int) -> Tensor:
@@ -48,7 +46,7 @@ def balanced_order(labels_N: Tensor, *, seed: int, epoch: int) -> Tensor:
     wanted_K = np.full(num_classes, num_examples // num_classes)
     # Who gets the remainder changes from epoch to epoch.
     wanted_K[(np.arange(num_examples % num_classes) + epoch) % num_classes] += 1
-    shuffled_N = np.lexsort((_raw(seed, epoch, _BALANCE, num_examples), labels))
+    shuffled_N = np.lexsort((raw_numbers(num_examples, seed=seed, epoch=epoch, stream=Stream.BALANCE), labels))
     starts_K = np.cumsum(counts_K) - counts_K
     classes = zip(starts_K, counts_K, wanted_K, strict=True)
     chosen_N = np.concatenate([shuffled_N[start + np.arange(want) % count] for start, count, want in classes])
@@ -79,7 +77,7 @@ def mixup_shares(num_examples: int, alpha: float, *, seed: int, epoch: int) -> T
     """
     from scipy.special import betaincinv  # half a second that only mixup should wait for
 
-    uniform_N = (_raw(seed, epoch, _MIXUP, num_examples) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    uniform_N = uniform_numbers(num_examples, 1, seed=seed, epoch=epoch, stream=Stream.MIXUP)[:, 0]
     return torch.from_numpy(betaincinv(alpha, alpha, uniform_N).astype(np.float32))
 
 
@@ -105,8 +103,3 @@ def mix(values: Tensor, share_B: Tensor) -> Tensor:
     """
     share = share_B.view(-1, *(1 for _ in values.shape[1:]))
     return share * values + (1 - share) * values.roll(1, 0)
-
-
-def _raw(seed: int, epoch: int, stream: int, count: int) -> NDArray[np.uint64]:
-    """Return raw 64-bit numbers: NumPy promises the same raw stream in every version, but not the same shuffles."""
-    return np.asarray(np.random.PCG64([seed, epoch, stream]).random_raw(count))

@@ -15,14 +15,13 @@ from bayesnet.data.sampling import effective_size
 from bayesnet.engine import Engine
 from bayesnet.errors import CheckpointError
 from bayesnet.inference.base import Posterior
-from bayesnet.predictive import Predictor
 from bayesnet.progress import EpochReport, FitResult, Progress
 from bayesnet.rundir import RunDirectory
 from bayesnet.settings import Settings
 from bayesnet.training import Listener, fit
 from bayesnet.types import JsonObject
 from bayesnet.workflows.environment import versions
-from bayesnet.workflows.trained import NO_USER_CODE, UserCode, new_posterior
+from bayesnet.workflows.trained import NO_USER_CODE, UserCode, make_predictor, new_posterior
 
 
 class TrainListener(Listener):
@@ -149,14 +148,7 @@ def _validator(settings: Settings, data: ImageData, engine: Engine, workers: int
     """Return the function that gives a posterior's mean NLL on the validation split, nats."""
 
     def validate(posterior: Posterior) -> float:
-        predictor = Predictor(
-            posterior,
-            data.preprocessing,
-            engine=engine,
-            num_samples=settings.predict.samples,
-            chunk_size=settings.predict.chunk_size,
-            workers=workers,
-        )
+        predictor = make_predictor(posterior, settings, data.preprocessing, engine, workers=workers)
         return predictor.mean_nll(data.validation)
 
     return validate

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bayesnet.calibration import prediction_sets, threshold_from_json
+from bayesnet.calibration import prediction_sets
 from bayesnet.config import require
 from bayesnet.data.images import image_paths, read_image
 from bayesnet.engine import Engine
@@ -16,13 +16,7 @@ from bayesnet.errors import DataError
 from bayesnet.predictive import interval_kind, summarize
 from bayesnet.rundir import find_run
 from bayesnet.types import JsonObject, Summary
-from bayesnet.workflows.trained import (
-    load_calibration,
-    load_model,
-    read_finished,
-    record_calibrator,
-    trained_names,
-)
+from bayesnet.workflows.trained import load_calibrated, read_finished, trained_names
 
 
 class ImageClassifier:
@@ -55,13 +49,10 @@ class ImageClassifier:
         require(
             model is None or model in names, f"the run has no such model, it has {', '.join(names)}", where=f"{model}"
         )
-        trained = load_model(directory, model or names[-1])
+        trained, calibrator, self.threshold = load_calibrated(directory, model or names[-1])
         self.run, self.model, self.level, self.classes = directory.path, trained.name, level, trained.classes
-        record = load_calibration(directory, trained)
-        calibrator = None if record is None else record_calibrator(directory, record)
         self.predictor = trained.predictor(Engine.for_one(devices), calibrator=calibrator, num_samples=samples)
-        self.calibrated = record is not None
-        self.threshold = None if record is None else threshold_from_json(record["threshold"])
+        self.calibrated = calibrator is not None
         self.preprocessing = trained.preprocessing
         self.kind = interval_kind(self.predictor.num_samples, level)
         self.skipped: list[JsonObject] = []

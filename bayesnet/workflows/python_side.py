@@ -98,6 +98,11 @@ def checked_path(path: object, where: str) -> Path:
     return Path(path)
 
 
+def is_new(directory: Path) -> bool:
+    """Return whether nothing is there yet, or an empty directory."""
+    return not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
+
+
 def _plain(values: object) -> object:
     """Return settings with NumPy's numbers as Python's, as parameter grids give them."""
     if isinstance(values, Mapping):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bayesnet.backbones import build_backbone
-from bayesnet.calibration import Calibrator, calibrator_from_json
+from bayesnet.calibration import Calibrator, ConformalThreshold, calibrator_from_json, threshold_from_json
 from bayesnet.checkpoint import load_checkpoint, step_name
 from bayesnet.config import read_toml, require
 from bayesnet.data import DataConfig, ImageData, Preprocessing, load_data
@@ -87,18 +87,59 @@ class TrainedModel(NamedTuple):
     num_examples: int
 
     def predictor(
-        self, engine: Engine, *, calibrator: Calibrator | None = None, num_samples: int | None = None
+        self,
+        engine: Engine,
+        *,
+        calibrator: Calibrator | None = None,
+        num_samples: int | None = None,
+        workers: int | None = None,
     ) -> Predictor:
-        """Return the predictor that the run's own settings describe."""
-        return Predictor(
+        """Return the predictor that the run's own settings describe, but for what is given."""
+        return make_predictor(
             self.posterior,
+            self.settings,
             self.preprocessing,
-            engine=engine,
-            num_samples=num_samples or self.settings.predict.samples,
-            chunk_size=self.settings.predict.chunk_size,
+            engine,
             calibrator=calibrator,
-            workers=self.settings.data.workers,
+            num_samples=num_samples,
+            workers=workers,
         )
+
+
+class CalibratedModel(NamedTuple):
+    """A model of a run as it answers: with what `calibrate` stored for it, where it has run.
+
+    Attributes:
+        trained: The model.
+        calibrator: Map on every draw's log-probabilities, or None.
+        threshold: Of its conformal sets, or None.
+    """
+
+    trained: TrainedModel
+    calibrator: Calibrator | None
+    threshold: ConformalThreshold | None
+
+
+def make_predictor(
+    posterior: Posterior,
+    settings: Settings,
+    preprocessing: Preprocessing,
+    engine: Engine,
+    *,
+    calibrator: Calibrator | None = None,
+    num_samples: int | None = None,
+    workers: int | None = None,
+) -> Predictor:
+    """Return the predictor of a posterior with the draws, chunks and workers of its settings, but for what is given."""
+    return Predictor(
+        posterior,
+        preprocessing,
+        engine=engine,
+        num_samples=num_samples or settings.predict.samples,
+        chunk_size=settings.predict.chunk_size,
+        calibrator=calibrator,
+        workers=settings.data.workers if workers is None else workers,
+    )
 
 
 def model_name(settings: Settings) -> str:
@@ -317,3 +358,21 @@ def load_calibration(run: RunDirectory, model: TrainedModel) -> JsonObject | Non
         hint = "run `bayesnet calibrate` again"
         raise CheckpointError("the calibration belongs to another checkpoint", where=run.calibration, hint=hint)
     return record
+
+
+def load_calibrated(run: RunDirectory, name: str, user: UserCode = NO_USER_CODE) -> CalibratedModel:
+    """Return a model of a finished run with its calibration.
+
+    Args:
+        run: The run.
+        name: "deterministic" or "bayesian".
+        user: The code that it was trained with where that was the caller's own.
+
+    Raises:
+        CheckpointError: See `load_model` and `load_calibration`.
+    """
+    trained = load_model(run, name, user)
+    record = load_calibration(run, trained)
+    if record is None:
+        return CalibratedModel(trained, None, None)
+    return CalibratedModel(trained, record_calibrator(run, record), threshold_from_json(record["threshold"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
-    Dataset,
     IterableDataset,
     RandomSampler,
     Subset,
@@ -31,31 +30,7 @@ from bayesnet.data.python_data import (
     unlabelled,
 )
 from bayesnet.errors import ConfigError, DataError
-
-N = 40
-CONFIG = DataConfig()
-RNG = np.random.default_rng(0)
-IMAGES_NHWC = RNG.integers(0, 256, (N, 10, 8, 3), dtype=np.uint8)
-IMAGES = np.ascontiguousarray(IMAGES_NHWC.transpose(0, 3, 1, 2))
-LABELS = np.arange(N) % 2
-
-
-class Items(Dataset[Any]):
-    """A list of items made by a function, without `targets`."""
-
-    def __init__(self, make: Callable[[int], Any], size: int = N) -> None:
-        self.make, self.size, self.reads = make, size, 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> object:
-        self.reads += 1
-        return self.make(index)
-
-
-def load(train: object, y: object = None, config: DataConfig = CONFIG) -> ImageData:
-    return from_python(train, y, config=config)
+from tests.data.items import CONFIG, IMAGES, IMAGES_NHWC, LABELS, Items, N, load
 
 
 def pixels(data: ImageData) -> Tensor:

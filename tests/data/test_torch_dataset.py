@@ -3,49 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import (
-    Dataset,
-)
 
-from bayesnet.data.dataset import DataConfig, ImageData
+from bayesnet.data.dataset import DataConfig
 from bayesnet.data.examples import SubsetExamples
 from bayesnet.data.loading import read_batches
 from bayesnet.data.preprocessing import Preprocessing
-from bayesnet.data.python_data import from_python
 from bayesnet.data.torch_dataset import DatasetExamples, own_random
 from bayesnet.errors import BayesnetError, DataError
-
-N = 40
-CONFIG = DataConfig()
-RNG = np.random.default_rng(0)
-IMAGES_NHWC = RNG.integers(0, 256, (N, 10, 8, 3), dtype=np.uint8)
-IMAGES = np.ascontiguousarray(IMAGES_NHWC.transpose(0, 3, 1, 2))
-LABELS = np.arange(N) % 2
-
-
-class Items(Dataset[Any]):
-    """A list of items made by a function, without `targets`."""
-
-    def __init__(self, make: Callable[[int], Any], size: int = N) -> None:
-        self.make, self.size, self.reads = make, size, 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> object:
-        self.reads += 1
-        return self.make(index)
-
-
-def load(train: object, y: object = None, config: DataConfig = CONFIG) -> ImageData:
-    return from_python(train, y, config=config)
+from tests.data.items import IMAGES_NHWC, LABELS, Items, N, load
 
 
 def vary(index: int) -> int:
