@@ -20,6 +20,7 @@ from torch import nn
 
 import bayesnet
 from bayesnet import BayesNetClassifier, workflows
+from bayesnet.data.loading import read_batches
 from bayesnet.errors import CheckpointError, ConfigError, DataError, InterruptedRunError, StorageError
 
 NUM = 120
@@ -285,7 +286,7 @@ def test_a_wrong_setting_of_the_second_model_is_found_before_the_first_is_traine
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_goes_on_with_other_workers(folder_data: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_other_workers(folder_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("backbone.width=4", "training.batch_size=16", "data.cache_megabytes=0")
     calls = iter(range(1, 1000))
     with pytest.raises(InterruptedRunError):
@@ -298,7 +299,15 @@ def test_a_run_goes_on_with_other_workers(folder_data: Path, tmp_path: Path) -> 
             devices="cpu",
             stop_signal=lambda: 15 if next(calls) == 2 else None,
         )
+    used = set()
+
+    def reading(*arguments: Any, workers: int) -> object:  # noqa: ANN401 - passed on
+        used.add(workers)
+        return read_batches(*arguments, workers=workers)
+
+    monkeypatch.setattr("bayesnet.predictive.read_batches", reading)
     resumed = workflows.train(resume=tmp_path / "run", workers=0)
+    assert used == {0}, "validation or the test split was read by workers that were asked not to"
     straight = workflows.train(
         data=f"folder:{folder_data}", epochs=2, overrides=options, out=tmp_path / "straight", devices="cpu"
     )

@@ -292,7 +292,7 @@ def _fit_and_evaluate(settings: Settings, context: RunContext, profile: Path | N
         # The test split is read here and nowhere before: everything that could be selected by it is frozen.
         trained = load_model(run, name, context.user)
         models[name]["kl_is_exact"] = trained.posterior.kl_is_exact
-        probabilities = trained.predictor(context.engine).probabilities(data.test)
+        probabilities = trained.predictor(context.engine, workers=context.workers).probabilities(data.test)
         models[name] |= metrics.evaluate(probabilities, data.test.labels_N.numpy())
     summary["seconds"] = time.perf_counter() - started
     run.finish(summary)
