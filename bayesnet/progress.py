@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, median
 from typing import Literal, NamedTuple
 
 from bayesnet.checkpoint import step_name
@@ -105,20 +106,67 @@ class FitResult(NamedTuple):
 
     Attributes:
         chosen: Directory of the checkpoint that the run uses.
-        epoch: Its epoch, from 1.
-        reports: One per epoch, in order.
+        epoch: Its epoch, from 1; the sum of the members' for several.
+        reports: One per epoch, in order, those of several members one after the other.
         initial_scale: Median posterior standard deviation before the first step, or None.
+        whole: The report of what the run uses, where it is no epoch of one fit: several members, or a finalized one.
+        members: How the fit of each member ended, where ``whole`` is given.
     """
 
     chosen: Path
     epoch: int
     reports: tuple[EpochReport, ...]
     initial_scale: float | None
+    whole: EpochReport | None = None
+    members: tuple[FitResult, ...] = ()
 
     @property
     def report(self) -> EpochReport:
-        """The report of the chosen epoch."""
-        return self.reports[self.epoch - 1]
+        """The report of what the run uses: of the chosen epoch, or of the whole."""
+        return self.reports[self.epoch - 1] if self.whole is None else self.whole
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training and finalizing, interruptions not counted."""
+        return self.reports[-1].seconds if self.whole is None else self.whole.seconds
+
+
+def whole_fit(
+    chosen: Path,
+    members: Sequence[FitResult],
+    *,
+    validation_nll: float,
+    posterior_scale: float | None,
+    finalize_seconds: float,
+) -> FitResult:
+    """Return how the fit of a posterior of several members, or of a finalized one, ended.
+
+    Epochs, steps and seconds are those of all members together; training NLL and KL are the members' means, since their
+    mean loss is what the whole minimises.
+
+    Args:
+        chosen: Directory of the checkpoint of the whole.
+        members: How the fit of each ended.
+        validation_nll: Of the whole, after finalizing, nats per example.
+        posterior_scale: Median posterior standard deviation of the whole, after finalizing, or None.
+        finalize_seconds: Time that finalizing took.
+    """
+    reports = [member.report for member in members]
+    train_nlls = [report.train_nll for report in reports if report.train_nll is not None]
+    scales = [member.initial_scale for member in members if member.initial_scale is not None]
+    whole = EpochReport(
+        epoch=sum(report.epoch for report in reports),
+        step=sum(report.step for report in reports),
+        train_nll=fmean(train_nlls) if train_nlls else None,
+        kl=fmean(report.kl for report in reports),
+        kl_per_example=fmean(report.kl_per_example for report in reports),
+        validation_nll=validation_nll,
+        learning_rate=reports[-1].learning_rate,
+        posterior_scale=posterior_scale,
+        seconds=sum(member.seconds for member in members) + finalize_seconds,
+    )
+    every_report = tuple(report for member in members for report in member.reports)
+    return FitResult(chosen, whole.epoch, every_report, median(scales) if scales else None, whole, tuple(members))
 
 
 @dataclass

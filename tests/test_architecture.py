@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bayesnet.inference",),
     ("bayesnet.model", "bayesnet.elbo"),
     ("bayesnet.data", "bayesnet.backbones", "bayesnet.calibration", "bayesnet.plots"),
-    ("bayesnet.metrics",),
+    ("bayesnet.metrics", "bayesnet.convergence"),
     ("bayesnet.resampling",),
     ("bayesnet.rundir", "bayesnet.checkpoint", "bayesnet.weights"),
     ("bayesnet.locking", "bayesnet.download"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,9 @@ CUDA = torch.device("cuda:0")
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_step_never_waits_for_the_device(family: str) -> None:
     torch.manual_seed(0)
-    backbone = build_backbone(BackboneConfig(width=8), channels=1, height=8, width=8)
-    posterior = build_posterior(Parts(backbone, 10, 1000), build_inference_config({"family": family})).to(CUDA)
+    new = partial(build_backbone, BackboneConfig(width=8), channels=1, height=8, width=8)
+    parts = Parts(new(), 10, 1000, new_backbone=new)
+    posterior = build_posterior(parts, build_inference_config({"family": family})).to(CUDA)
     optimizers = build_optimizers(posterior.train(), OptimizerConfig())
     engine = Engine(CUDA)
     x_BCHW, y_B = torch.randn(16, 1, 8, 8, device=CUDA), torch.randint(10, (16,), device=CUDA)

@@ -6,7 +6,20 @@ from collections.abc import Mapping
 
 from bayesnet.config import build_section
 from bayesnet.errors import ConfigError
-from bayesnet.inference import deterministic, guide, mean_field
+from bayesnet.inference import (
+    deterministic,
+    ensemble,
+    full_rank,
+    guide,
+    laplace,
+    low_rank,
+    matrix_normal,
+    mc_dropout,
+    mean_field,
+    mean_field_all,
+    swag,
+    vbll,
+)
 from bayesnet.inference.base import Family, FamilyConfig, Parts, Posterior
 from bayesnet.registry import Registry
 
@@ -15,6 +28,15 @@ FAMILIES: Registry[Family] = Registry(
     {
         "deterministic": deterministic.FAMILY,
         "mean_field": mean_field.FAMILY,
+        "matrix_normal": matrix_normal.FAMILY,
+        "low_rank": low_rank.FAMILY,
+        "full_rank": full_rank.FAMILY,
+        "laplace": laplace.FAMILY,
+        "vbll": vbll.FAMILY,
+        "mc_dropout": mc_dropout.FAMILY,
+        "ensemble": ensemble.FAMILY,
+        "swag": swag.FAMILY,
+        "mean_field_all": mean_field_all.FAMILY,
         "guide": guide.FAMILY,
     },
 )

@@ -37,6 +37,8 @@ class Parts(NamedTuple):
         num_examples: N, the size of the training set.
         table_seed: Seed of the fixed draws that predictions use.
         guide: The caller's own guide, for the family "guide" alone.
+        new_backbone: Makes another backbone of the same kind with fresh weights from torch's random state, for families
+            of several networks. Weights that were loaded, or that a caller's own module came with, are the same again.
     """
 
     backbone: nn.Module
@@ -44,6 +46,7 @@ class Parts(NamedTuple):
     num_examples: int
     table_seed: int = 0
     guide: GuideFactory | None = None
+    new_backbone: Callable[[], nn.Module] | None = None
 
     @property
     def num_features(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -169,7 +170,8 @@ def new_posterior(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.training.seed)
         channels, height, width = preprocessing.shape
-        backbone = build_backbone(
+        new_backbone = partial(
+            build_backbone,
             settings.backbone,
             channels=channels,
             height=height,
@@ -177,7 +179,8 @@ def new_posterior(
             module=user.backbone,
             load_weights=load_weights,
         )
-        parts = Parts(backbone, num_classes, num_examples, table_seed=settings.training.seed, guide=user.guide)
+        seed = settings.training.seed
+        parts = Parts(new_backbone(), num_classes, num_examples, seed, user.guide, new_backbone)
         return build_posterior(parts, settings.inference)
 
 

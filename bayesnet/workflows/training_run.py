@@ -24,7 +24,7 @@ from bayesnet.rundir import RunDirectory
 from bayesnet.settings import Settings, resolve_settings
 from bayesnet.types import JsonObject
 from bayesnet.workflows.environment import environment
-from bayesnet.workflows.fitting import RunContext, TrainListener, fit_model
+from bayesnet.workflows.fitting import RunContext, TrainListener, discard, fit_model, has_checkpoint
 from bayesnet.workflows.preparing import check_models, check_same_settings, decided
 from bayesnet.workflows.trained import (
     NO_USER_CODE,
@@ -162,7 +162,7 @@ def start_run(
             context = RunContext(run, image_data, engine, listener, stop_signal, user, settings.data.workers)
             return _train(settings, context, profile)
     except BaseException:
-        run.discard()
+        discard(run)
         raise
 
 
@@ -255,7 +255,7 @@ def _train(settings: Settings, context: RunContext, profile: Path | None) -> Jso
     try:
         return _fit_and_evaluate(settings, context, profile)
     except (InterruptedRunError, StopRequest) as error:
-        if not run.has_checkpoint:
+        if not has_checkpoint(run):
             raise
         in_files = context.user == NO_USER_CODE and settings.data.spec != PYTHON_DATA
         hint = f"continue with `{resume_command(run)}`" if in_files else "continue with fit(..., resume=True)"
@@ -336,8 +336,12 @@ def _data_record(data: ImageData) -> JsonObject:
 
 
 def _fit_record(settings: Settings, result: FitResult) -> JsonObject:
-    """Return what the summary says of how a model was fitted: all of it about the chosen epoch, but for the seconds."""
+    """Return what the summary says of how a model was fitted: all of it about what the run uses, but for the seconds.
+
+    Where that is made of several members, the entry ``members`` says the same of each.
+    """
     report = result.report
+    members = [_fit_record(settings, member) for member in result.members] if len(result.members) > 1 else []
     return {
         "family": settings.inference.family,
         "epoch": report.epoch,
@@ -349,5 +353,5 @@ def _fit_record(settings: Settings, result: FitResult) -> JsonObject:
         "kl_per_example": report.kl_per_example,
         "posterior_scale": {"initial": result.initial_scale, "final": report.posterior_scale},
         "epochs": len(result.reports),
-        "seconds": result.reports[-1].seconds,
-    }
+        "seconds": result.seconds,
+    } | ({"members": members} if members else {})

@@ -7,6 +7,7 @@ log-probability, and flips no label. All comparisons are exact or bounded: no fa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -45,12 +46,13 @@ def examples() -> Unbuffered:
 def posterior(family: str, *, dropout: float = 0.0) -> Posterior:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        backbone = build_backbone(BackboneConfig(width=4), channels=1, height=8, width=8)
+        new = partial(build_backbone, BackboneConfig(width=4), channels=1, height=8, width=8)
+        backbone = new()
         if dropout:
             features: int = backbone.num_features  # type: ignore[assignment]
             backbone = nn.Sequential(backbone, nn.Dropout(dropout))
             backbone.num_features = features  # type: ignore[assignment]
-        parts = Parts(backbone, NUM_CLASSES, NUM_IMAGES)
+        parts = Parts(backbone, NUM_CLASSES, NUM_IMAGES, new_backbone=new)
         return build_posterior(parts, build_inference_config({"family": family}))
 
 

@@ -157,9 +157,7 @@ def test_t6_mean_field(figures: dict[str, list[str]]) -> None:
         assert not recovery(problem, moved, factorised=True).accepted()
 
 
-@pytest.mark.parametrize(
-    "name", ["AutoMultivariateNormal", pytest.param("AutoLowRankMultivariateNormal", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["AutoMultivariateNormal", "AutoLowRankMultivariateNormal"])
 def test_t6_full_rank(name: str, figures: dict[str, list[str]]) -> None:
     problem = regressions(NUM_SETS)
     found = recovery(problem, fitted_stock_guide(name, problem), factorised=False)

@@ -1,0 +1,74 @@
+"""The pass after training, for families that fit something on the training images once their weights are found."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bayesnet.batches import batch_bounds
+from bayesnet.checkpoint import first_non_finite
+from bayesnet.data import ImageData
+from bayesnet.data.loading import read_batches
+from bayesnet.engine import Engine
+from bayesnet.errors import DivergedError
+from bayesnet.inference import FAMILIES
+from bayesnet.inference.base import Posterior, no_finalize
+from bayesnet.settings import Settings
+
+DIVERGED_HINT = "lower optimizer.learning_rate; the checkpoints of training are kept"
+
+
+class TrainingImages:
+    """The training images as finalize gets them: normalised, in their own order, not augmented; as often as asked.
+
+    Args:
+        data: The data.
+        settings: Of the model: batch size and workers.
+        engine: Where the batches go.
+    """
+
+    def __init__(self, data: ImageData, settings: Settings, engine: Engine) -> None:
+        self.data, self.engine = data, engine
+        self.workers = settings.data.workers
+        self.bounds = batch_bounds(len(data.train), settings.training.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield pairs of images (B, C, H, W) and labels (B,) on the device."""
+        train, engine = self.data.train, self.engine
+        indices = [torch.arange(start, stop) for start, stop in self.bounds]
+        with contextlib.closing(read_batches(train, indices, workers=self.workers)) as pixels:
+            for indices_B, pixels_BCHW in zip(indices, pixels, strict=True):
+                x_BCHW = self.data.preprocessing.normalize(engine.put(pixels_BCHW))
+                yield x_BCHW, engine.put(train.labels_N[indices_B])
+
+
+def has_finalize(settings: Settings) -> bool:
+    """Return whether the family of these settings has a pass after training."""
+    return FAMILIES[settings.inference.family].finalize is not no_finalize
+
+
+def finalize_posterior(posterior: Posterior, settings: Settings, data: ImageData, engine: Engine) -> None:
+    """Run the family's pass over the training images, in place; it leaves the posterior in evaluation mode.
+
+    Args:
+        posterior: Trained; moved to the engine's device.
+        settings: Of the model.
+        data: Its training split is read.
+        engine: Where to run.
+
+    Raises:
+        DivergedError: A tensor of the posterior is not finite afterwards.
+    """
+    posterior.to(engine.device).eval()
+    # The caller's random state is left as it was: finalizing is a function of the seed.
+    with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
+        torch.manual_seed(settings.training.seed)
+        FAMILIES[settings.inference.family].finalize(posterior, TrainingImages(data, settings, engine))
+    posterior.eval()
+    name = first_non_finite(posterior.state_dict())
+    if name is not None:
+        where = f"{settings.inference.family}, {name}"
+        raise DivergedError("finalizing diverged", where=where, hint=DIVERGED_HINT)
