@@ -98,15 +98,21 @@ class RunDirectory:
                 raise CheckpointError("not a run directory, it has no config.toml", where=path, hint=_TRAIN_HINT)
         return run
 
-    def model_checkpoints(self, name: str) -> Path:
-        """Return where the checkpoints of a model live, such as "bayesian".
+    def model_checkpoints(self, name: str, part: str = "") -> Path:
+        """Return where the checkpoints of a model live, such as "bayesian", or of a part that it is made of.
+
+        Args:
+            name: The model.
+            part: A member of several, a fold, the head; without it the model itself.
 
         Raises:
-            CheckpointError: ``name`` is not a plain name, or a link leads out of the run directory.
+            CheckpointError: A name is not a plain one, or a link leads out of the run directory.
         """
-        if not _MODEL_NAME.fullmatch(name):
-            raise CheckpointError("not a model name", where=name)
-        return self._inside("models", name, "checkpoints")
+        parts = (name, part) if part else (name,)
+        for each in parts:
+            if not _MODEL_NAME.fullmatch(each):
+                raise CheckpointError("not a model name", where=each)
+        return self._inside("models", *parts, "checkpoints")
 
     @property
     def plots(self) -> Path:
@@ -181,8 +187,8 @@ class RunDirectory:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether a checkpoint of any model is there, unverified."""
-        return any(self.path.glob("models/*/checkpoints/step-*"))
+        """Whether a checkpoint of any model or part of one is there, unverified."""
+        return any(any(self.path.glob(f"models/{depth}/checkpoints/step-*")) for depth in ("*", "*/*"))
 
     def finish(self, summary: JsonObject) -> None:
         """Write summary.json with ``finished`` true and the time, which makes the run one that `find_run` finds.
@@ -225,8 +231,9 @@ class RunDirectory:
         for path in (*own, self.path / LOCK):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-        inner = [*self.path.glob("models/*/checkpoints"), *self.path.glob("models/*")]
-        storage.remove_empty((*self._created, self.path / "plots", self.path / "models", *reversed(inner)))
+        depths = ("*", "*/*", "*/*/*")  # models, their parts, the checkpoints of each
+        inner = [path for depth in depths for path in self.path.glob(f"models/{depth}")]
+        storage.remove_empty((*self._created, self.path / "plots", self.path / "models", *inner))
         return True
 
     def _file(self, name: str) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bayesnet.backbones import BackboneConfig, resolve
 from bayesnet.config import build_section, merge, parse_override, read_toml, require, to_mapping
@@ -25,6 +25,9 @@ from bayesnet.registry import unknown_name
 
 DEFAULT_FAMILY = "mean_field"
 TWIN = "deterministic"
+TWIN_BACKBONE = "twin"
+HEAD_BACKBONES = (TWIN_BACKBONE, "weights")
+"""What ``head.backbone`` can be besides the directory of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +49,44 @@ class PredictConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """How the head is fitted: together with its backbone, or on the stored features of one that is there already.
+
+    Attributes:
+        mode: "joint" trains backbone and head together; "head" fits the head alone, each image passing through the
+            backbone once.
+        backbone: Whose features, in mode "head": "twin" (the run's own deterministic model), "weights" (those that
+            ``backbone.weights`` names), or the directory of a finished run.
+        standardize: Whether features are shifted and scaled to mean 0 and variance 1 over the training images.
+        augmented_passes: K passes of augmented training images, which epochs train on in turn; 0 trains on the images
+            as they are. Passes after training (Laplace, NUTS, SWAG) use the images as they are.
+        folds: F backbones are trained, each without one fold, whose images it then gives their features: none of the
+            head's features is of an image that its backbone was trained on. 0 does not cross-fit.
+    """
+
+    mode: Literal["joint", "head"] = "joint"
+    backbone: str = "twin"
+    standardize: bool = True
+    augmented_passes: int = 0
+    folds: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.backbone != "", "must be twin, weights or a run directory", where="head.backbone")
+        passes, folds = self.augmented_passes, self.folds
+        require(0 <= passes <= 1000, "must be from 0 to 1000", where=f"head.augmented_passes = {passes}")
+        require(folds == 0 or 2 <= folds <= 20, "must be 0, or from 2 to 20", where=f"head.folds = {folds}")
+        hint = "a backbone that others trained has not seen your images"
+        require(folds == 0 or self.backbone == "twin", "only the twin is cross-fitted", where="head.folds", hint=hint)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that decides what a run does, one field per section of its config.toml."""
 
     data: DataConfig
     backbone: BackboneConfig
     inference: FamilyConfig
+    head: HeadConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
     engine: EngineConfig
@@ -62,8 +97,11 @@ class Settings:
         return {field.name: to_mapping(getattr(self, field.name)) for field in fields(self)}
 
     def twin(self) -> Settings:
-        """Return the same settings for the deterministic twin."""
-        return build_settings(self.to_mapping() | {"inference": {"family": TWIN}})
+        """Return the same settings for the deterministic twin; it trains the backbone that a head takes from it."""
+        mapping = self.to_mapping() | {"inference": {"family": TWIN}}
+        if self.head.backbone == TWIN_BACKBONE:
+            mapping["head"] = {}
+        return build_settings(mapping)
 
 
 def build_settings(mapping: Mapping[str, Any]) -> Settings:
@@ -80,13 +118,28 @@ def build_settings(mapping: Mapping[str, Any]) -> Settings:
         data=build_section(DataConfig, mapping.get("data", {}), section="data"),
         backbone=build_section(BackboneConfig, mapping.get("backbone", {}), section="backbone"),
         inference=build_inference_config(mapping.get("inference", {"family": DEFAULT_FAMILY})),
+        head=build_section(HeadConfig, mapping.get("head", {}), section="head"),
         optimizer=build_section(OptimizerConfig, mapping.get("optimizer", {}), section="optimizer"),
         training=build_section(TrainingConfig, mapping.get("training", {}), section="training"),
         engine=build_section(EngineConfig, mapping.get("engine", {}), section="engine"),
         predict=build_section(PredictConfig, mapping.get("predict", {}), section="predict"),
     )
     resolve(settings.backbone.name)  # raises for an unknown name, before any work
+    _check_head(settings)
     return settings
+
+
+def _check_head(settings: Settings) -> None:
+    """Raise ConfigError where the head has no backbone to be fitted on."""
+    if settings.head.mode == "joint":
+        return
+    if settings.head.backbone == TWIN_BACKBONE:
+        trained = settings.training.twin and settings.inference.family != TWIN
+        hint = "a Bayesian family with training.twin = true, or head.backbone = weights or a run"
+        require(trained, "the run trains no twin whose features could be used", where="head.backbone = twin", hint=hint)
+    if settings.head.backbone == "weights":
+        given = settings.backbone.weights != "none"
+        require(given, "no weights are given", where="head.backbone = weights", hint="give --weights")
 
 
 def recipe_names() -> tuple[str, ...]:

@@ -16,6 +16,9 @@ from .options import json_option
 @click.option("--backbone", metavar="B", help="Feature extractor, such as resnet18; see `bayesnet list backbones`.")
 @click.option("--weights", metavar="W", help="Of the backbone: none, default (the published ones) or a file.")
 @click.option("--freeze", is_flag=True, default=None, help="Leave the backbone as it is; train the head alone.")
+@click.option(
+    "--mode", type=click.Choice(["joint", "head"]), help="head: fit the posterior on stored features of the backbone."
+)
 @click.option("--epochs", type=int, metavar="N", help="Passes over the training images.")
 @click.option("--seed", type=int, metavar="N", help="Of weights, order, augmentation and posterior noise.")
 @click.option("--devices", metavar="LIST", help="auto (the default), cpu, cuda:0.")
@@ -35,6 +38,7 @@ def train(
     backbone: str | None,
     weights: str | None,
     freeze: bool | None,
+    mode: str | None,
     epochs: int | None,
     seed: int | None,
     devices: str | None,
@@ -68,6 +72,7 @@ def train(
             backbone=backbone,
             weights=weights,
             freeze=freeze,
+            mode=mode,
             epochs=epochs,
             seed=seed,
             devices=devices,

@@ -58,7 +58,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "torchvision": ("bayesnet.backbones",),
     "timm": ("bayesnet.backbones",),
     "huggingface_hub": ("bayesnet.backbones",),
-    "torch.optim": ("bayesnet.optim", "bayesnet.engine", "bayesnet.step"),
+    "torch.optim": ("bayesnet.optim", "bayesnet.engine", "bayesnet.step", "bayesnet.inference.nuts_sampler"),
     "urllib.request": ("bayesnet.download",),
 }
 

@@ -17,6 +17,7 @@ from bayesnet.inference import (
     mc_dropout,
     mean_field,
     mean_field_all,
+    nuts,
     swag,
     vbll,
 )
@@ -33,6 +34,7 @@ FAMILIES: Registry[Family] = Registry(
         "full_rank": full_rank.FAMILY,
         "laplace": laplace.FAMILY,
         "vbll": vbll.FAMILY,
+        "nuts": nuts.FAMILY,
         "mc_dropout": mc_dropout.FAMILY,
         "ensemble": ensemble.FAMILY,
         "swag": swag.FAMILY,

@@ -10,15 +10,17 @@ import torch
 
 from bayesnet.backbones import expected_preprocessing
 from bayesnet.config import require
-from bayesnet.data import ImageData
+from bayesnet.data import ImageData, Preprocessing
 from bayesnet.data.augment import Augmentation
 from bayesnet.data.sampling import effective_size
 from bayesnet.errors import BayesnetError, ConfigError
-from bayesnet.inference.base import Posterior
+from bayesnet.inference.base import HeadPosterior, Posterior
+from bayesnet.inference.deterministic import Deterministic
 from bayesnet.optim import build_optimizers
-from bayesnet.settings import Settings
+from bayesnet.rundir import RunDirectory
+from bayesnet.settings import HEAD_BACKBONES, Settings
 from bayesnet.workflows.fitting import TrainListener
-from bayesnet.workflows.trained import NO_USER_CODE, UserCode, new_posterior
+from bayesnet.workflows.trained import NO_USER_CODE, UserCode, load_model, new_posterior, source_model
 
 FILE_DATASETS = ("folder",)
 
@@ -56,6 +58,29 @@ def _with_preset(settings: Settings, listener: TrainListener) -> Settings:
     return replace(settings, data=data)
 
 
+def with_source(settings: Settings, user: UserCode, listener: TrainListener) -> tuple[Settings, Preprocessing | None]:
+    """Return the settings with the backbone of the run that ``head.backbone`` names, and how its images are prepared.
+
+    Args:
+        settings: Where they name no run, they come back as they are, and None.
+        user: The caller's own backbone, where the run has it.
+        listener: Is told where the run's backbone is another than the settings'.
+
+    Raises:
+        CheckpointError: The run is missing, not finished, or damaged.
+    """
+    head = settings.head
+    if head.mode == "joint" or head.backbone in HEAD_BACKBONES:
+        return settings, None
+    run = RunDirectory.open(Path(head.backbone).expanduser().absolute())
+    trained = load_model(run, source_model(run), user)
+    backbone = replace(trained.settings.backbone, weights="none", freeze=False)
+    if backbone.name != settings.backbone.name:
+        listener.on_note(f"The backbone is that of {head.backbone}: {backbone.name}.")
+    head = replace(head, backbone=str(run.path.absolute()))
+    return replace(settings, head=head, backbone=backbone), trained.preprocessing
+
+
 def check_models(variants: Sequence[Settings], data: ImageData, user: UserCode) -> None:
     """Build every model of a run once, so that what is wrong with the last one is not found after the first is trained.
 
@@ -76,6 +101,7 @@ def check_models(variants: Sequence[Settings], data: ImageData, user: UserCode) 
             with torch.random.fork_rng(devices=[]):
                 posterior = new_posterior(settings, *sizes, user, load_weights=False)
                 build_optimizers(posterior, settings.optimizer, user.optimizer)
+                _check_head(posterior, settings)
                 _check_storage(posterior)
                 if own:
                     _try_loss(posterior, data)
@@ -86,6 +112,14 @@ def check_models(variants: Sequence[Settings], data: ImageData, user: UserCode) 
                 raise
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             raise ConfigError("the code that was given fails", where=settings.inference.family, hint=reason) from error
+
+
+def _check_head(posterior: Posterior, settings: Settings) -> None:
+    """Raise ConfigError where the head alone is to be fitted, but the family is not over the head alone."""
+    if settings.head.mode == "head":
+        alone = isinstance(posterior, HeadPosterior | Deterministic) and len(posterior.members()) == 1
+        what = "only a posterior over the last layer can be fitted on stored features"
+        require(alone, what, where=f"inference.family = {settings.inference.family}", hint="head.mode = joint")
 
 
 def _check_storage(posterior: Posterior) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bayesnet.backbones import build_backbone
+from bayesnet.backbones.features import StandardizedFeatures
 from bayesnet.calibration import Calibrator, ConformalThreshold, calibrator_from_json, threshold_from_json
 from bayesnet.checkpoint import load_checkpoint, step_name
 from bayesnet.config import read_toml, require
@@ -180,7 +181,11 @@ def new_posterior(
             load_weights=load_weights,
         )
         seed = settings.training.seed
-        parts = Parts(new_backbone(), num_classes, num_examples, seed, user.guide, new_backbone)
+
+        def make() -> nn.Module:
+            return StandardizedFeatures(new_backbone()) if settings.head.mode == "head" else new_backbone()
+
+        parts = Parts(make(), num_classes, num_examples, seed, user.guide, make)
         return build_posterior(parts, settings.inference)
 
 
@@ -266,6 +271,15 @@ def read_finished(run: RunDirectory) -> JsonObject:
     except (KeyError, TypeError) as error:
         raise CheckpointError("the summary is not whole", where=run.summary, hint=f"it lacks {error}") from error
     return summary
+
+
+def source_model(run: RunDirectory) -> str:
+    """Return which model of a finished run lends its backbone: the twin where there is one.
+
+    Raises:
+        CheckpointError: The run is not finished, or has no model.
+    """
+    return trained_names(read_finished(run), run.path)[0]
 
 
 def load_model(run: RunDirectory, name: str, user: UserCode = NO_USER_CODE) -> TrainedModel:

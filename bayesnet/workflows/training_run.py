@@ -21,11 +21,12 @@ from bayesnet.errors import ConfigError, DataError, InterruptedRunError, StopReq
 from bayesnet.profiling import check_trace_path
 from bayesnet.progress import FitResult
 from bayesnet.rundir import RunDirectory
-from bayesnet.settings import Settings, resolve_settings
+from bayesnet.settings import TWIN, Settings, resolve_settings
 from bayesnet.types import JsonObject
 from bayesnet.workflows.environment import environment
-from bayesnet.workflows.fitting import RunContext, TrainListener, discard, fit_model, has_checkpoint
-from bayesnet.workflows.preparing import check_models, check_same_settings, decided
+from bayesnet.workflows.fitting import RunContext, TrainListener
+from bayesnet.workflows.model_fitting import fit_model
+from bayesnet.workflows.preparing import check_models, check_same_settings, decided, with_source
 from bayesnet.workflows.trained import (
     NO_USER_CODE,
     PYTHON_DATA,
@@ -56,6 +57,7 @@ def train(
     overrides: Sequence[str] = (),
     weights: str | None = None,
     freeze: bool | None = None,
+    mode: str | None = None,
     workers: int | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
@@ -77,6 +79,8 @@ def train(
         overrides: Texts ``section.key=value``.
         weights: Of the backbone: "none", "default" (the published ones) or a file.
         freeze: Whether the backbone stays as it is.
+        mode: "joint", or "head": the posterior is fitted on stored features of the backbone that ``head.backbone``
+            names, by default the run's twin.
         workers: Processes that read images ahead.
         out: The run directory, new or empty; without it one is made under ./runs.
         resume: A run directory to go on with; it brings its own settings, so only ``devices``, ``workers`` and
@@ -94,6 +98,7 @@ def train(
     trace = None if profile is None else Path(profile)
     given: dict[str, dict[str, object]] = {
         "backbone": {"name": backbone, "weights": weights, "freeze": freeze},
+        "head": {"mode": mode},
         "training": {"epochs": epochs, "seed": seed},
         "engine": {"devices": devices},
         "data": {"workers": workers},
@@ -101,7 +106,7 @@ def train(
     kept = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in given.items()}
     flags = {section: values for section, values in kept.items() if values}
     if resume is not None:
-        settled = (data, family, backbone, epochs, seed, config, out, weights, freeze)
+        settled = (data, family, backbone, epochs, seed, config, out, weights, freeze, mode)
         if bayesian or overrides or any(value is not None for value in settled):
             raise ConfigError(
                 "--resume takes its settings from the run",
@@ -151,7 +156,8 @@ def start_run(
     require((user.optimizer is not None) == (settings.optimizer.name == "custom"), what, where="optimizer.name")
     if profile is not None:
         check_trace_path(profile)
-    image_data = _verified(data or load_data(settings.data), listener)
+    settings, preprocessing = with_source(settings, user, listener)
+    image_data = _verified(data or load_data(settings.data, preprocessing), listener)
     # An absolute path, so that later commands find the data from any directory.
     settings = replace(settings, data=replace(settings.data, spec=image_data.spec))
     run = RunDirectory.create(None if out is None else Path(out), f"{image_data.name}-{settings.inference.family}")
@@ -162,7 +168,7 @@ def start_run(
             context = RunContext(run, image_data, engine, listener, stop_signal, user, settings.data.workers)
             return _train(settings, context, profile)
     except BaseException:
-        discard(run)
+        run.discard()
         raise
 
 
@@ -216,7 +222,8 @@ def resume_run(
             f"begun with {threads} threads, going on with {torch.get_num_threads()}: as good, but not bit-equal"
         )
     with run.lock():
-        image_data = _verified(data or load_again(settings.data), listener)
+        _, preprocessing = with_source(settings, user, listener)
+        image_data = _verified(data or load_again(settings.data, preprocessing), listener)
         _check_data(run, image_data)
         used = settings.data.workers if workers is None else workers
         context = RunContext(run, image_data, engine, listener, stop_signal, user, used)
@@ -255,7 +262,7 @@ def _train(settings: Settings, context: RunContext, profile: Path | None) -> Jso
     try:
         return _fit_and_evaluate(settings, context, profile)
     except (InterruptedRunError, StopRequest) as error:
-        if not has_checkpoint(run):
+        if not run.has_checkpoint:
             raise
         in_files = context.user == NO_USER_CODE and settings.data.spec != PYTHON_DATA
         hint = f"continue with `{resume_command(run)}`" if in_files else "continue with fit(..., resume=True)"
@@ -274,10 +281,10 @@ def _fit_and_evaluate(settings: Settings, context: RunContext, profile: Path | N
             "the classes to be equally probable."
         )
     last = model_name(settings)
-    fits = {
-        name: fit_model(name, variant, context, profile=profile if name == last else None)
-        for name, variant in variants.items()
-    }
+    fits: dict[str, FitResult] = {}
+    for name, variant in variants.items():
+        trace = profile if name == last else None
+        fits[name] = fit_model(name, variant, context, twin=fits.get(TWIN), profile=trace)
     models: JsonObject = {name: _fit_record(variants[name], result) for name, result in fits.items()}
     _write_example_images(run, data)
     summary: JsonObject = {
@@ -344,6 +351,7 @@ def _fit_record(settings: Settings, result: FitResult) -> JsonObject:
     members = [_fit_record(settings, member) for member in result.members] if len(result.members) > 1 else []
     return {
         "family": settings.inference.family,
+        "posterior_temperature": settings.training.temperature,
         "epoch": report.epoch,
         "step": report.step,
         "digest": checkpoint_digest(result.chosen),

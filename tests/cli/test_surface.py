@@ -18,7 +18,7 @@ RunCli = Callable[..., tuple[int, str, str]]
 
 SURFACE = {
     "": "--version --debug --help",
-    "train": "--bayesian --data --family --backbone --weights --freeze --epochs --seed --devices --workers --config "
+    "train": "--bayesian --data --family --backbone --weights --freeze --mode --epochs --seed --devices --workers --config "
     "--set --out --resume --profile --json",
     "calibrate": "[RUN] --alpha --devices --json",
     "predict": "PATH... --run --model --interval --samples --devices --json",

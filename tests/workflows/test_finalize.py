@@ -182,7 +182,7 @@ def test_an_interrupted_run_is_finalized_when_it_is_trained(
 
 @pytest.mark.parametrize("family", ["ensemble", "centred"])
 @pytest.mark.parametrize(
-    "where", ["bayesnet.workflows.fitting.finalize_posterior", "bayesnet.rundir.RunDirectory.finish"]
+    "where", ["bayesnet.workflows.model_fitting.finalize_posterior", "bayesnet.rundir.RunDirectory.finish"]
 )
 def test_a_kill_after_training_loses_nothing(
     straight: dict[str, Path],
@@ -340,7 +340,7 @@ def test_pretrained_weights_are_read_for_members_that_have_not_begun(
         asked.append(load_weights)
         return original(*arguments, load_weights=load_weights)
 
-    monkeypatch.setattr("bayesnet.workflows.fitting.new_posterior", spy)
+    monkeypatch.setattr("bayesnet.workflows.model_fitting.new_posterior", spy)
     interrupted(folder_data, tmp_path / "first", "ensemble", 2)
     interrupted(folder_data, tmp_path / "second", "ensemble", 8)
     assert asked == [True, True]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bayesnet import metrics, workflows
 from bayesnet.checkpoint import checkpoint_digest, load_checkpoint, newest_checkpoint
-from bayesnet.data import DataConfig, Examples, ImageData, load_data
+from bayesnet.data import DataConfig, Examples, ImageData, Preprocessing, load_data
 from bayesnet.engine import Engine
 from bayesnet.errors import DataError, DivergedError
 from bayesnet.progress import FitResult
@@ -24,7 +24,7 @@ from bayesnet.rundir import RunDirectory
 from bayesnet.settings import Settings, build_settings, resolve_settings
 from bayesnet.workflows import TrainListener
 from bayesnet.workflows.fitting import RunContext
-from bayesnet.workflows.fitting import fit_model as original_fit
+from bayesnet.workflows.model_fitting import fit_model as original_fit
 from bayesnet.workflows.trained import load_model
 
 SMALL = ("backbone.width=4", "training.batch_size=16")
@@ -226,14 +226,16 @@ def poison(monkeypatch: pytest.MonkeyPatch, *, on_validation: bool = False) -> l
     ready: list[bool] = []
     given: list[Poisoned] = []
 
-    def load(config: DataConfig) -> ImageData:
-        data = load_data(config)
+    def load(config: DataConfig, preprocessing: Preprocessing | None) -> ImageData:
+        data = load_data(config, preprocessing)
         given.append(Poisoned(data.test, ready))
         ready[:] = [False, False]
         return data._replace(test=given[-1], validation=given[-1] if on_validation else data.validation)
 
-    def fit_model(name: str, settings: Settings, context: RunContext, *, profile: Path | None) -> FitResult:
-        result = original_fit(name, settings, context, profile=profile)
+    def fit_model(
+        name: str, settings: Settings, context: RunContext, *, twin: FitResult | None, profile: Path | None
+    ) -> FitResult:
+        result = original_fit(name, settings, context, twin=twin, profile=profile)
         ready[MODELS.index(name)] = True
         return result
 

@@ -1,0 +1,249 @@
+"""Features of a data set for a head: one pass of a backbone, more with augmentation, standardised, or cross-fitted.
+
+Cross-fitting: for each of F folds a backbone is trained on the other folds, and the fold's images get the features of
+the backbone that has not seen them. Backbones trained apart have features of their own, so these are mapped onto the
+twin's by least squares on the images that both have seen. What the map leaves unexplained is lost, and reported.
+Reference: Chernozhukov et al. 2018, "Double/debiased machine learning for treatment and structural parameters".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from bayesnet.backbones.features import StandardizedFeatures
+from bayesnet.batches import batch_bounds
+from bayesnet.checkpoint import load_checkpoint
+from bayesnet.data import Examples, ImageData
+from bayesnet.data.augment import Augmentation, augment, epoch_draws
+from bayesnet.data.examples import SubsetExamples
+from bayesnet.data.features import FeatureExamples, feature_preprocessing
+from bayesnet.data.loading import read_batches
+from bayesnet.data.splits import stratified_split
+from bayesnet.config import require
+from bayesnet.errors import CheckpointError, ConfigError
+from bayesnet.inference.base import Posterior
+from bayesnet.settings import Settings
+from bayesnet.training import restore_model
+from bayesnet.workflows.fitting import RunContext, Slot, fit_part, model_metadata
+from bayesnet.workflows.trained import new_posterior
+
+MAX_MEMORY_SHARE = 0.5
+"""Most of the machine's memory that stored features may take."""
+
+
+def backbone_of(posterior: Posterior) -> nn.Module:
+    """Return the backbone of a posterior, frozen and in evaluation mode.
+
+    Raises:
+        CheckpointError: It has none, or several.
+    """
+    owner = getattr(posterior, "model", posterior)
+    backbone = getattr(owner, "backbone", None)
+    if not isinstance(backbone, nn.Module):
+        raise CheckpointError("the model has no single backbone to lend", where=type(posterior).__name__)
+    return backbone.requires_grad_(requires_grad=False).eval()
+
+
+def feature_data(
+    name: str, settings: Settings, context: RunContext, backbone: nn.Module
+) -> tuple[StandardizedFeatures, ImageData]:
+    """Return the backbone with its standardisation, and the data as features: the training and validation splits.
+
+    Args:
+        name: Of the model, for the checkpoints of folds.
+        settings: Of the model.
+        context: Of the run.
+        backbone: Images to features (B, D).
+
+    Raises:
+        ConfigError: The features take more memory than there is, or a class has too few images to be cross-fitted.
+    """
+    data, head = context.data, settings.head
+    standardized = StandardizedFeatures(backbone).to(context.engine.device).eval()
+    check_memory(len(data.train) + len(data.validation), standardized.num_features, head.augmented_passes)
+    augmentation = None if head.augmented_passes == 0 else Augmentation.from_config(settings.data)
+    if head.folds:
+        versions = _cross_fitted(name, settings, context, standardized, augmentation)
+    else:
+        versions = _passes(standardized, data.train, settings, context, augmentation)
+    if head.standardize:
+        standardized.measure(versions[0].to(context.engine.device))
+    train, *passes = (_standardize(standardized, each_ND) for each_ND in versions)
+    plain = _passes(standardized, data.validation, settings, context, None)[0]
+    validation = FeatureExamples(_standardize(standardized, plain), data.validation.labels_N)
+    megabytes = sum(each_ND.nbytes for each_ND in (train, *passes, plain)) / 2**20
+    times = f", and {len(passes)} augmented passes" if passes else ""
+    context.listener.on_note(
+        f"Features: {len(train)} training images x {train.shape[1]}{times}, {megabytes:.1f} MiB"
+        f"{', standardised' if head.standardize else ''}."
+    )
+    examples = FeatureExamples(train, data.train.labels_N, passes)
+    preprocessing = feature_preprocessing(standardized.num_features)
+    return standardized, data._replace(preprocessing=preprocessing, train=examples, validation=validation)
+
+
+@torch.no_grad()
+def _standardize(standardized: StandardizedFeatures, features_ND: Tensor) -> Tensor:
+    return standardized.standardize(features_ND.to(standardized.shift_D.device)).cpu()
+
+
+def _passes(
+    standardized: StandardizedFeatures,
+    examples: Examples,
+    settings: Settings,
+    context: RunContext,
+    augmentation: Augmentation | None,
+) -> list[Tensor]:
+    """Return the backbone's features (N, D) of images as they are, then of each augmented pass."""
+    count = 0 if augmentation is None else settings.head.augmented_passes
+    each: list[tuple[Augmentation, int]] = [(Augmentation(), 0)]
+    each += [(augmentation or Augmentation(), number) for number in range(count)]
+    return [
+        compute_features(standardized.backbone, examples, settings, context, augmentation=how, epoch=epoch)
+        for how, epoch in each
+    ]
+
+
+@torch.no_grad()
+def compute_features(
+    backbone: nn.Module,
+    examples: Examples,
+    settings: Settings,
+    context: RunContext,
+    *,
+    augmentation: Augmentation,
+    epoch: int = 0,
+) -> Tensor:
+    """Return features (N, D) on the CPU, float32, of images in their own order.
+
+    Args:
+        backbone: In evaluation mode, on the engine's device.
+        examples: The images.
+        settings: Batch size, and the seed of the augmentation.
+        context: Engine, workers and preprocessing.
+        augmentation: What is done to the images.
+        epoch: Which draws of the augmentation: those that joint training has in this epoch.
+    """
+    seed, engine = settings.training.seed, context.engine
+    draws = epoch_draws(len(examples), augmentation, seed=seed, epoch=epoch)
+    indices = [torch.arange(start, stop) for start, stop in batch_bounds(len(examples), settings.training.batch_size)]
+    parts = []
+    with contextlib.closing(read_batches(examples.for_epoch(seed, epoch), indices, workers=context.workers)) as pixels:
+        for indices_B, pixels_BCHW in zip(indices, pixels, strict=True):
+            x_BCHW = engine.put(pixels_BCHW)
+            if not augmentation.is_identity:
+                x_BCHW = augment(x_BCHW, draws.select(indices_B).to(engine.device))
+            features_BD: Tensor = backbone(context.data.preprocessing.normalize(x_BCHW))
+            parts.append(features_BD.float().cpu())
+    return torch.cat(parts)
+
+
+def physical_memory() -> int:
+    """Return the machine's memory, bytes; a tebibyte where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 2**40
+
+
+def check_memory(num_images: int, num_features: int, num_passes: int) -> None:
+    """Raise ConfigError where stored features would take more than half of the machine's memory.
+
+    Args:
+        num_images: Training and validation images.
+        num_features: D.
+        num_passes: Augmented passes, besides one of the images as they are.
+    """
+    needed = 4 * num_images * num_features * (1 + num_passes)
+    available = MAX_MEMORY_SHARE * physical_memory()
+    if needed > available:
+        text = f"features of {num_images:,} images x {num_features:,} x {1 + num_passes} passes take"
+        what = f"{text} {needed / 2**30:,.1f} GiB, of {available / 2**30:,.1f} GiB at most"
+        raise ConfigError(what, where="head.mode = head", hint="fewer head.augmented_passes, or head.mode = joint")
+
+
+# Cross-fitting.
+
+
+def _cross_fitted(
+    name: str,
+    settings: Settings,
+    context: RunContext,
+    standardized: StandardizedFeatures,
+    augmentation: Augmentation | None,
+) -> list[Tensor]:
+    """Return features (N, D), plain and of each augmented pass, each image's from a backbone that has not seen it."""
+    data, num_folds = context.data, settings.head.folds
+    count = int(torch.bincount(data.train.labels_N).min())
+    require(count > 1, "a class has one training image", where=f"head.folds = {num_folds}", hint="head.folds = 0")
+    folds = stratified_split(data.train.labels_N, [1.0] * num_folds, seed=settings.training.seed)
+    target_ND = _passes(standardized, data.train, settings, context, None)[0]
+    result: list[Tensor] = []
+    explained = []
+    for number, fold_n in enumerate(folds, 1):
+        keep_N = torch.ones(len(data.train), dtype=torch.bool)
+        keep_N[fold_n] = False
+        others_m = keep_N.nonzero().squeeze(1)
+        context.listener.on_note(f"Fold {number} of {num_folds}: a backbone that does not see {len(fold_n)} images.")
+        backbone = _fold_backbone(name, number, others_m, settings, context)
+        versions = _passes(StandardizedFeatures(backbone), data.train, settings, context, augmentation)
+        align, share = least_squares(versions[0][others_m], target_ND[others_m])
+        explained.append(share)
+        result = result or [torch.empty_like(target_ND) for _ in versions]
+        for whole_ND, each_ND in zip(result, versions, strict=True):
+            whole_ND[fold_n] = align(each_ND[fold_n])
+    context.listener.on_note(
+        f"Cross-fitted: the folds' features explain {min(explained):.1%} or more of the variance of the twin's."
+    )
+    return result
+
+
+def _fold_backbone(
+    name: str,
+    number: int,
+    others_m: Tensor,
+    settings: Settings,
+    context: RunContext,
+) -> nn.Module:
+    """Return the twin's backbone, trained on these images alone."""
+    data = context.data._replace(train=SubsetExamples(context.data.train, others_m))
+    twin = settings.twin()
+    described = model_metadata(name, twin, context.data, len(others_m))
+    posterior = new_posterior(twin, data.preprocessing, len(data.classes), len(others_m), context.user)
+    slot = Slot(
+        {"model": name, "fold": number}, context.run.model_checkpoints(name, f"fold-{number}"), twin.training.seed
+    )
+    fitted = fit_part(posterior, slot, twin, context._replace(data=data), described)
+    restore_model(posterior, load_checkpoint(fitted.chosen))
+    return backbone_of(posterior).to(context.engine.device)
+
+
+def least_squares(inputs_ND: Tensor, targets_NE: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
+    """Return the affine map that fits targets best, and the share of their variance that it explains.
+
+    Args:
+        inputs_ND: Features.
+        targets_NE: What they should become.
+
+    Example:
+        >>> inputs = torch.tensor([[0.0], [1.0], [2.0]])
+        >>> align, explained = least_squares(inputs, 2 * inputs + 1)
+        >>> align(torch.tensor([[3.0]])).tolist(), round(explained, 6)
+        ([[7.0]], 1.0)
+    """
+    inputs, targets = inputs_ND.double(), targets_NE.double()
+    shift_D, shift_E = inputs.mean(0), targets.mean(0)
+    map_DE = torch.linalg.lstsq(inputs - shift_D, targets - shift_E, driver="gelsd").solution
+    total = (targets - shift_E).square().sum()
+    rest = (targets - shift_E - (inputs - shift_D) @ map_DE).square().sum()
+
+    def align(features_BD: Tensor) -> Tensor:
+        aligned_BE: Tensor = (features_BD.double() - shift_D) @ map_DE + shift_E
+        return aligned_BE.float()
+
+    return align, float(1 - rest / total) if total > 0 else 1.0
