@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from bayesnet.backbones import num_features
 from bayesnet.inference.draw_table import TABLE_SIZE, normal_table, table_prefix
+from bayesnet.inference.learned_prior import LearnedPrior
 from bayesnet.model import BayesianClassifier, BayesianHead, linear_logits
-from bayesnet.types import LogitGaussian, Loss
+from bayesnet.types import JsonObject, LogitGaussian, Loss
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Pairs of normalised images (B, C, H, W) and labels (B,)."""
@@ -52,6 +53,18 @@ class Parts(NamedTuple):
     def num_features(self) -> int:
         """D, the number of features of the backbone."""
         return num_features(self.backbone)
+
+
+class FinalizeCost(NamedTuple):
+    """What a pass after training takes, roughly.
+
+    Attributes:
+        seconds: On one thread of a CPU.
+        num_bytes: Memory at its peak.
+    """
+
+    seconds: float
+    num_bytes: int
 
 
 class Posterior(nn.Module, ABC):
@@ -93,6 +106,14 @@ class Posterior(nn.Module, ABC):
         """Return the posterior standard deviations of the weights, any shape, or None for a point estimate."""
         return None
 
+    def facts(self) -> JsonObject:
+        """Return what was found while fitting, for the user: a learned prior, whether chains converged; plain JSON."""
+        return {}
+
+    def finalize_cost(self) -> FinalizeCost:
+        """Return what the family's pass after training takes, besides one backbone pass over the training images."""
+        return FinalizeCost(0.0, 0)
+
     @property
     def kl_is_exact(self) -> bool:
         """Whether the KL of `loss` is closed form; otherwise it is a one-draw estimate, different in every call."""
@@ -108,6 +129,10 @@ class Head(Protocol):
 
 class GaussianHead(Head, Protocol):
     """A Gaussian over the last layer alone."""
+
+    @property
+    def loc(self) -> Tensor:
+        """Means (K, D + 1)."""
 
     def logit_moments(self, features_BD: Tensor) -> LogitGaussian:
         """Return the exact Gaussian of each image's logits."""
@@ -168,12 +193,23 @@ class GaussianHeadPosterior(HeadPosterior):
 
     def __init__(self, model: BayesianClassifier, *, rank: int, table_seed: int) -> None:
         super().__init__(model)
+        self.learned_prior: LearnedPrior | None = None
         self.register_buffer("table_SE", normal_table(TABLE_SIZE, self.num_classes + rank, seed=table_seed))
 
     @property
     @abstractmethod
     def head(self) -> GaussianHead:
         """The Gaussian over the last layer."""
+
+    def update_prior(self) -> None:
+        """Move the prior towards its optimum for this posterior, in training, where a family learns it."""
+        scale_KD = self.posterior_scale() if self.training and self.learned_prior is not None else None
+        if scale_KD is not None and self.learned_prior is not None:
+            self.learned_prior.update(self.model.head, self.head.loc, scale_KD)
+
+    def facts(self) -> JsonObject:
+        """Return the learned prior, where it is learned."""
+        return {} if self.learned_prior is None else self.learned_prior.facts(self.model.head)
 
     def draws_from_features(self, features_BD: Tensor, num_samples: int) -> Tensor:
         """Return ``mean + scale * e + factor @ e'`` with (e, e') the first rows of the table: (S, B, K).

@@ -20,7 +20,7 @@ Assumptions: the posterior is near Gaussian; the backbone is a point estimate. W
 set the curvature is almost 0, and Laplace is then wider than the posterior. Before `finalize` standard deviations are
 0.01 of the prior's, so that predictions, as in validation, are those of the mode.
 Cost: a training step is the twin's. `finalize` is one pass over the training images that keeps none of their features;
-`Laplace.cost` says what it takes. Full covariances end at 8,192 weights and 100 classes, Kronecker's at 1,000 classes.
+`finalize_cost` says what it takes. Full covariances end at 8,192 weights and 100 classes, Kronecker's at 1,000 classes.
 References: Daxberger et al. 2021, "Laplace redux", arXiv:2106.14806; MacKay 1992 (evidence, probit); Hobbhahn et al.
 2022, "Fast predictive uncertainty for classification with Bayesian deep networks", arXiv:2003.01227 (bridge).
 """
@@ -38,12 +38,12 @@ from torch import Tensor, nn
 from bayesnet.config import require
 from bayesnet.elbo import cross_entropy
 from bayesnet.errors import DataError, DivergedError
-from bayesnet.inference.base import Batches, Family, GaussianHeadPosterior, Parts, Posterior
+from bayesnet.inference.base import Batches, Family, FinalizeCost, GaussianHeadPosterior, Parts, Posterior
 from bayesnet.inference.laplace_evidence import PriorFit, best_precision, log_evidence, num_effective
 from bayesnet.inference.laplace_predictive import PREDICTIVES, in_float64
 from bayesnet.inference.laplace_structures import STRUCTURES, Cost, Covariance, StructureName, cost, require_fits
 from bayesnet.model import BayesianClassifier, linear_logits
-from bayesnet.types import LogitGaussian, Loss
+from bayesnet.types import JsonObject, LogitGaussian, Loss
 
 UNFITTED_FRACTION = 0.01
 
@@ -162,6 +162,21 @@ class Laplace(GaussianHeadPosterior):
     def posterior_scale(self) -> Tensor | None:
         """Return the posterior standard deviations (K, D + 1); None before `finalize`."""
         return self.last_layer.covariance.marginal_scale() if self.prior_fit() else None
+
+    def facts(self) -> JsonObject:
+        """Return the prior that was used and the evidence for it, once it is known."""
+        fitted = self.prior_fit()
+        if fitted is None:
+            return {}
+        return {
+            "prior_scale": {"initial": fitted.initial_scale, "final": fitted.final_scale, "floor": fitted.floor},
+            "log_evidence": {"initial": fitted.initial_log_evidence, "final": fitted.final_log_evidence},
+            "num_effective": fitted.num_effective,
+        }
+
+    def finalize_cost(self) -> FinalizeCost:
+        """Return what curvature and eigenvectors take, at two thousand million multiplications a second."""
+        return FinalizeCost(self.cost.operations / 2e9, self.cost.peak_bytes)
 
     def prior_fit(self) -> PriorFit | None:
         """Return the prior that `finalize` used and the evidence for it; None before."""

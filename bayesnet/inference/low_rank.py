@@ -31,6 +31,7 @@ from bayesnet.inference.gaussian_weight import (
     require_fits,
     with_ones,
 )
+from bayesnet.inference.learned_prior import learned_prior
 from bayesnet.model import BayesianClassifier
 from bayesnet.types import LogitGaussian
 
@@ -47,6 +48,8 @@ class LowRankConfig:
         rank: R, directions that the weights share.
         prior_scale: Prior standard deviation of the weights.
         prior_bias_scale: Prior standard deviation of the biases.
+        learn_prior: Whether the weights' prior standard deviation is learned with the posterior (closed-form EM).
+        prior_scale_floor: Lowest prior standard deviation that can be learned.
         initial_scale: Posterior standard deviation at the start, as a fraction of the prior's.
         estimator: "local" samples logits per image, "weight" one weight per batch; same mean.
     """
@@ -55,6 +58,8 @@ class LowRankConfig:
     rank: int = 8
     prior_scale: float = 1.0
     prior_bias_scale: float = 1.0
+    learn_prior: bool = False
+    prior_scale_floor: float = 0.01
     initial_scale: float = 0.2
     estimator: Literal["local", "weight"] = "local"
 
@@ -152,6 +157,9 @@ class LowRank(GaussianWeightPosterior):
         )
         guide = LowRankGuide(model.head.prior_scale, config.initial_scale, config.rank)
         super().__init__(model, guide, rank=config.rank, estimator=config.estimator, table_seed=parts.table_seed)
+        self.learned_prior = learned_prior(
+            learn=config.learn_prior, initial=config.prior_scale, floor=config.prior_scale_floor
+        )
 
 
 def build(parts: Parts, config: LowRankConfig) -> Posterior:

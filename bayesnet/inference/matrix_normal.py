@@ -37,6 +37,7 @@ from bayesnet.inference.gaussian_weight import (
     require_fits,
     with_ones,
 )
+from bayesnet.inference.learned_prior import learned_prior
 from bayesnet.model import BayesianClassifier
 from bayesnet.types import LogitGaussian, Loss
 
@@ -49,6 +50,8 @@ class MatrixNormalConfig:
         family: The name, "matrix_normal".
         prior_scale: Prior standard deviation of the weights.
         prior_bias_scale: Prior standard deviation of the biases.
+        learn_prior: Whether the weights' prior standard deviation is learned with the posterior (closed-form EM).
+        prior_scale_floor: Lowest prior standard deviation that can be learned.
         initial_scale: Posterior standard deviation at the start, as a fraction of the prior's.
         estimator: "local" samples logits per image, "weight" one weight per batch; same mean.
     """
@@ -56,6 +59,8 @@ class MatrixNormalConfig:
     family: str = "matrix_normal"
     prior_scale: float = 1.0
     prior_bias_scale: float = 1.0
+    learn_prior: bool = False
+    prior_scale_floor: float = 0.01
     initial_scale: float = 0.2
     estimator: Literal["local", "weight"] = "local"
 
@@ -155,6 +160,9 @@ class MatrixNormal(GaussianWeightPosterior):
         )
         guide = MatrixNormalGuide(model.head.prior_scale, config.initial_scale)
         super().__init__(model, guide, rank=num_classes, estimator=config.estimator, table_seed=parts.table_seed)
+        self.learned_prior = learned_prior(
+            learn=config.learn_prior, initial=config.prior_scale, floor=config.prior_scale_floor
+        )
 
     def local_loss(self, features_BD: Tensor, y: Tensor) -> Loss:
         """Return the negative ELBO per example; the noise is mixed once by A, not by a factor per image."""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from bayesnet.config import require
 from bayesnet.elbo import closed_form_divergence, divergence_or_draw, local_loss, weight_space_loss
 from bayesnet.inference.base import Family, GaussianHeadPosterior, Parts, Posterior, no_finalize
+from bayesnet.inference.learned_prior import learned_prior
 from bayesnet.model import WEIGHT, BayesianClassifier, PriorName
 from bayesnet.types import LogitGaussian, Loss
 
@@ -40,6 +41,8 @@ class MeanFieldConfig:
         prior: "normal", "laplace" or "student_t" (4 degrees of freedom).
         prior_scale: Prior scale of the weights: the standard deviation of the normal prior.
         prior_bias_scale: Prior scale of the biases.
+        learn_prior: Whether the weights' prior standard deviation is learned with the posterior (closed-form EM).
+        prior_scale_floor: Lowest prior standard deviation that can be learned.
         initial_scale: Posterior standard deviation at the start, as a fraction of the prior's scale.
         estimator: "local" samples logits per image, "weight" one weight per batch; same mean.
     """
@@ -48,6 +51,8 @@ class MeanFieldConfig:
     prior: PriorName = "normal"
     prior_scale: float = 1.0
     prior_bias_scale: float = 1.0
+    learn_prior: bool = False
+    prior_scale_floor: float = 0.01
     initial_scale: float = 0.2
     estimator: Literal["local", "weight"] = "local"
 
@@ -120,6 +125,11 @@ class MeanField(GaussianHeadPosterior):
         self.guide = MeanFieldGuide(model.head.prior_scale, config.initial_scale)
         self.estimator = config.estimator
         self.prior_is_normal = config.prior == "normal"
+        what, hint = "only the normal prior can be learned", "inference.prior = normal"
+        require(self.prior_is_normal or not config.learn_prior, what, where="inference.learn_prior", hint=hint)
+        self.learned_prior = learned_prior(
+            learn=config.learn_prior, initial=config.prior_scale, floor=config.prior_scale_floor
+        )
 
     @property
     def head(self) -> MeanFieldGuide:
@@ -128,6 +138,7 @@ class MeanField(GaussianHeadPosterior):
 
     def loss_from_features(self, features_BD: Tensor, y: Tensor) -> Loss:
         """Return the negative ELBO per example by the chosen estimator."""
+        self.update_prior()
         if self.estimator == "weight":
             return weight_space_loss(self.model.head, self.guide, features_BD, y, self.num_examples)
         return local_loss(self.guide.logit_moments(features_BD), y, self.kl(), self.num_examples)

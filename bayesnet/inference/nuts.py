@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +25,10 @@ from bayesnet.config import require
 from bayesnet.convergence import MIN_DRAWS
 from bayesnet.elbo import cross_entropy
 from bayesnet.errors import ConfigError, DivergedError
-from bayesnet.inference.base import Batches, Family, HeadPosterior, Parts, Posterior
+from bayesnet.inference.base import Batches, Family, FinalizeCost, HeadPosterior, Parts, Posterior
 from bayesnet.inference.nuts_sampler import Chains, Diagnostics, HeadTarget, diagnose, sample_head
 from bayesnet.model import BayesianClassifier, PriorName, linear_logits
-from bayesnet.types import Loss
+from bayesnet.types import JsonObject, Loss
 
 MAX_WEIGHTS = 2048
 """Most weights: their whitening is a dense matrix, and the number of gradients per draw grows with them."""
@@ -75,19 +74,7 @@ class NutsConfig:
         require(self.max_draws <= total, f"must be at most chains x draws = {total}", where=where)
 
 
-class Cost(NamedTuple):
-    """What sampling takes, roughly.
-
-    Attributes:
-        seconds: On one thread of a CPU.
-        num_bytes: Memory at its peak.
-    """
-
-    seconds: float
-    num_bytes: int
-
-
-def cost(num_features: int, num_classes: int, num_examples: int, config: NutsConfig) -> Cost:
+def cost(num_features: int, num_classes: int, num_examples: int, config: NutsConfig) -> FinalizeCost:
     """Return what sampling takes, within a factor of about three.
 
     Args:
@@ -106,7 +93,7 @@ def cost(num_features: int, num_classes: int, num_examples: int, config: NutsCon
     operations = 4 * num_weights * (num_examples + num_weights)
     seconds = num_gradients * (_SECONDS_PER_GRADIENT + operations / _OPERATIONS_PER_SECOND)
     numbers = 3 * num_weights**2 + num_examples * (num_features + 1 + 3 * num_classes)
-    return Cost(seconds, 8 * (numbers + config.chains * config.draws * num_weights))
+    return FinalizeCost(seconds, 8 * (numbers + config.chains * config.draws * num_weights))
 
 
 class StoredDraws(nn.Module):
@@ -207,6 +194,16 @@ class Nuts(HeadPosterior):
     def posterior_scale(self) -> Tensor | None:
         """Return the standard deviations (K, D + 1) of the stored draws; None until there are any."""
         return None if self.diagnostics() is None else self.stored.deviation_SKD.std(0)
+
+    def facts(self) -> JsonObject:
+        """Return the chains' diagnostics, once there are any."""
+        found = self.diagnostics()
+        return {} if found is None else dict(found._asdict())
+
+    def finalize_cost(self) -> FinalizeCost:
+        """Return what sampling takes, within a factor of about three."""
+        head = self.model.head
+        return cost(head.num_features, head.num_classes, head.num_examples, self.config)
 
     def diagnostics(self) -> Diagnostics | None:
         """Return whether the chains converged; None until `finalize` has run."""

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from bayesnet.config import require
 from bayesnet.inference.base import Family, GaussianHeadPosterior, Parts, Posterior, no_finalize
+from bayesnet.inference.learned_prior import learned_prior
 from bayesnet.inference.mean_field import MeanFieldGuide
 from bayesnet.model import WEIGHT, BayesianClassifier
 from bayesnet.types import LogitGaussian, Loss
@@ -52,6 +53,8 @@ class VBLLConfig:
         covariance: Of each class's weights, "diagonal" or "dense".
         prior_scale: Prior standard deviation of the weights.
         prior_bias_scale: Prior standard deviation of the biases.
+        learn_prior: Whether the weights' prior standard deviation is learned with the posterior (closed-form EM).
+        prior_scale_floor: Lowest prior standard deviation that can be learned.
         initial_scale: Posterior standard deviation at the start, as a fraction of the prior's.
     """
 
@@ -59,6 +62,8 @@ class VBLLConfig:
     covariance: Literal["diagonal", "dense"] = "diagonal"
     prior_scale: float = 1.0
     prior_bias_scale: float = 1.0
+    learn_prior: bool = False
+    prior_scale_floor: float = 0.01
     initial_scale: float = 0.2
 
     def __post_init__(self) -> None:
@@ -150,6 +155,9 @@ class VBLL(GaussianHeadPosterior):
         super().__init__(model, rank=0, table_seed=parts.table_seed)
         guide = DenseGuide if config.covariance == "dense" else MeanFieldGuide
         self.guide = guide(model.head.prior_scale, config.initial_scale)
+        self.learned_prior = learned_prior(
+            learn=config.learn_prior, initial=config.prior_scale, floor=config.prior_scale_floor
+        )
 
     @property
     def head(self) -> MeanFieldGuide | DenseGuide:
@@ -158,6 +166,7 @@ class VBLL(GaussianHeadPosterior):
 
     def loss_from_features(self, features_BD: Tensor, y: Tensor) -> Loss:
         """Return the bound per example; nothing in it is random."""
+        self.update_prior()
         return bound_loss(self.guide.logit_moments(features_BD), y, self.kl(), self.num_examples)
 
     def kl(self) -> Tensor:
