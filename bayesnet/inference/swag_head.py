@@ -33,8 +33,9 @@ class SwagHead(nn.Module):
         """Return the weight that was trained (K, D + 1), bias last."""
         return torch.cat([self.linear.weight, self.linear.bias.unsqueeze(1)], 1)
 
-    def mean(self) -> Tensor:
-        """Return the mean (K, D + 1), bias last: the trained weight until `finalize`."""
+    @property
+    def loc(self) -> Tensor:
+        """The mean (K, D + 1), bias last: the trained weight until `finalize`."""
         return self.trained() + self.get_buffer("offset_KD")
 
     def logit_moments(self, features_BD: Tensor) -> LogitGaussian:
@@ -42,14 +43,14 @@ class SwagHead(nn.Module):
         factor_KDR = self.get_buffer("factor_KDR")
         variance_BK = linear_logits(features_BD.square(), self.get_buffer("scale_KD").square())
         factor_BKR = torch.einsum("bd,kdr->bkr", features_BD, factor_KDR[:, :-1]) + factor_KDR[:, -1]
-        return LogitGaussian(linear_logits(features_BD, self.mean()), variance_BK.sqrt(), factor_BKR)
+        return LogitGaussian(linear_logits(features_BD, self.loc), variance_BK.sqrt(), factor_BKR)
 
     def sample(self, num_samples: int) -> Tensor:
         """Return joint draws of the weight (S, K, D + 1), bias last, from torch's random state."""
         scale_KD, factor_KDR = self.get_buffer("scale_KD"), self.get_buffer("factor_KDR")
         noise_SKD = torch.randn(num_samples, *scale_KD.shape, dtype=scale_KD.dtype, device=scale_KD.device)
         noise_SR = torch.randn(num_samples, factor_KDR.shape[-1], dtype=scale_KD.dtype, device=scale_KD.device)
-        return self.mean() + scale_KD * noise_SKD + torch.einsum("kdr,sr->skd", factor_KDR, noise_SR)
+        return self.loc + scale_KD * noise_SKD + torch.einsum("kdr,sr->skd", factor_KDR, noise_SR)
 
     def fit_spread(self, batches: Batches, plan: SgdPlan, seed: int) -> None:
         """Run the constant-rate SGD on batches of features (B, D) and labels, and write the Gaussian to the buffers."""

@@ -9,7 +9,6 @@ Reference: Chernozhukov et al. 2018, "Double/debiased machine learning for treat
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 
 import torch
@@ -18,17 +17,18 @@ from torch import Tensor, nn
 from bayesnet.backbones.features import StandardizedFeatures
 from bayesnet.batches import batch_bounds
 from bayesnet.checkpoint import load_checkpoint
+from bayesnet.config import require
 from bayesnet.data import Examples, ImageData
 from bayesnet.data.augment import Augmentation, augment, epoch_draws
 from bayesnet.data.examples import SubsetExamples
 from bayesnet.data.features import FeatureExamples, feature_preprocessing
 from bayesnet.data.loading import read_batches
 from bayesnet.data.splits import stratified_split
-from bayesnet.config import require
 from bayesnet.errors import CheckpointError, ConfigError
 from bayesnet.inference.base import Posterior
 from bayesnet.settings import Settings
 from bayesnet.training import restore_model
+from bayesnet.workflows.costs import physical_memory, size
 from bayesnet.workflows.fitting import RunContext, Slot, fit_part, model_metadata
 from bayesnet.workflows.trained import new_posterior
 
@@ -76,10 +76,10 @@ def feature_data(
     train, *passes = (_standardize(standardized, each_ND) for each_ND in versions)
     plain = _passes(standardized, data.validation, settings, context, None)[0]
     validation = FeatureExamples(_standardize(standardized, plain), data.validation.labels_N)
-    megabytes = sum(each_ND.nbytes for each_ND in (train, *passes, plain)) / 2**20
+    stored = sum(each_ND.nbytes for each_ND in (train, *passes, plain))
     times = f", and {len(passes)} augmented passes" if passes else ""
     context.listener.on_note(
-        f"Features: {len(train)} training images x {train.shape[1]}{times}, {megabytes:.1f} MiB"
+        f"Features: {len(train)} training images x {train.shape[1]}{times}, {size(stored)}"
         f"{', standardised' if head.standardize else ''}."
     )
     examples = FeatureExamples(train, data.train.labels_N, passes)
@@ -143,14 +143,6 @@ def compute_features(
     return torch.cat(parts)
 
 
-def physical_memory() -> int:
-    """Return the machine's memory, bytes; a tebibyte where the system does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return 2**40
-
-
 def check_memory(num_images: int, num_features: int, num_passes: int) -> None:
     """Raise ConfigError where stored features would take more than half of the machine's memory.
 
@@ -163,7 +155,7 @@ def check_memory(num_images: int, num_features: int, num_passes: int) -> None:
     available = MAX_MEMORY_SHARE * physical_memory()
     if needed > available:
         text = f"features of {num_images:,} images x {num_features:,} x {1 + num_passes} passes take"
-        what = f"{text} {needed / 2**30:,.1f} GiB, of {available / 2**30:,.1f} GiB at most"
+        what = f"{text} {size(needed)}, of {size(int(available))} at most"
         raise ConfigError(what, where="head.mode = head", hint="fewer head.augmented_passes, or head.mode = joint")
 
 

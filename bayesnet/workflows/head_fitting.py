@@ -80,11 +80,13 @@ def fit_head(
     source = _source(settings, context, num_examples, twin)
     make_model_directory(run, name)
     standardized, features = feature_data(name, settings, context, source.backbone)
-    posterior = _on_features(settings, standardized.num_features, len(data.classes), num_examples, context.user)
-    on_features = context._replace(data=features, workers=0)
+    posterior = on_features(settings, standardized.num_features, len(data.classes), num_examples, context.user)
+    feature_context = context._replace(data=features, workers=0)
     slot = Slot({"model": name}, run.model_checkpoints(name, "head"), settings.training.seed)
     described = metadata | {"features": source.identity}
-    fitted = fit_part(posterior, slot, settings, on_features, described, augmentation=Augmentation(), profile=profile)
+    fitted = fit_part(
+        posterior, slot, settings, feature_context, described, augmentation=Augmentation(), profile=profile
+    )
     started = time.perf_counter()
     restore_model(posterior, load_checkpoint(fitted.chosen))
     if has_finalize(settings):
@@ -95,7 +97,7 @@ def fit_head(
     return commit_whole(whole, [fitted], name, settings, context, described, seconds=seconds)
 
 
-def _on_features(
+def on_features(
     settings: Settings, num_features: int, num_classes: int, num_examples: int, user: UserCode
 ) -> Posterior:
     """Return the untrained posterior whose input is features, initialised from ``training.seed``."""
@@ -121,6 +123,11 @@ def _assembled(
     backbone = {f"{prefix}.{key}": tensor for key, tensor in standardized.state_dict().items()}
     whole.load_state_dict(head.state_dict() | backbone)
     return whole
+
+
+def num_features_of(posterior: Posterior) -> int:
+    """Return D of a posterior whose head was or is to be fitted on stored features."""
+    return next(module.num_features for module in posterior.modules() if isinstance(module, StandardizedFeatures))
 
 
 def _source(settings: Settings, context: RunContext, num_examples: int, twin: FitResult | None) -> Source:

@@ -57,7 +57,7 @@ def list_families(pattern: str | None = None) -> JsonObject:
 
     Example:
         >>> [row["name"] for row in list_families("mean*")["rows"]]
-        ['mean_field']
+        ['mean_field', 'mean_field_all']
     """
     families = [FAMILIES[name] for name in _matching("family", FAMILIES, pattern)]
     return {"rows": [{"name": f.name, "description": f.description, "bayesian": f.bayesian} for f in families]}

@@ -12,15 +12,19 @@ from bayesnet.backbones import expected_preprocessing
 from bayesnet.config import require
 from bayesnet.data import ImageData, Preprocessing
 from bayesnet.data.augment import Augmentation
+from bayesnet.data.features import feature_preprocessing
 from bayesnet.data.sampling import effective_size
+from bayesnet.engine import Engine
 from bayesnet.errors import BayesnetError, ConfigError
 from bayesnet.inference.base import HeadPosterior, Posterior
 from bayesnet.inference.deterministic import Deterministic
 from bayesnet.optim import build_optimizers
 from bayesnet.rundir import RunDirectory
 from bayesnet.settings import HEAD_BACKBONES, Settings
+from bayesnet.workflows.costs import Cost, check_fits, count_cost, time_step
 from bayesnet.workflows.fitting import TrainListener
-from bayesnet.workflows.trained import NO_USER_CODE, UserCode, load_model, new_posterior, source_model
+from bayesnet.workflows.head_fitting import num_features_of, on_features
+from bayesnet.workflows.trained import NO_USER_CODE, UserCode, load_model, model_name, new_posterior, source_model
 
 FILE_DATASETS = ("folder",)
 
@@ -81,16 +85,20 @@ def with_source(settings: Settings, user: UserCode, listener: TrainListener) -> 
     return replace(settings, head=head, backbone=backbone), trained.preprocessing
 
 
-def check_models(variants: Sequence[Settings], data: ImageData, user: UserCode) -> None:
+def check_models(
+    variants: Sequence[Settings], data: ImageData, user: UserCode, engine: Engine, listener: TrainListener
+) -> None:
     """Build every model of a run once, so that what is wrong with the last one is not found after the first is trained.
 
     Args:
         variants: Settings of each model.
         data: What they will be trained on.
         user: The caller's own code; it is tried on two black images.
+        engine: Where they will be trained; each takes two steps there, which are thrown away.
+        listener: Is told what each will take.
 
     Raises:
-        ConfigError: A value is out of range, or the caller's own code does not fit.
+        ConfigError: A value is out of range, a model does not fit into memory, or the caller's own code does not fit.
     """
     own = user != NO_USER_CODE
     for settings in variants:
@@ -98,13 +106,14 @@ def check_models(variants: Sequence[Settings], data: ImageData, user: UserCode) 
         num_examples = effective_size(data.train.labels_N, balanced=settings.training.balanced)
         sizes = data.preprocessing, len(data.classes), num_examples
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
                 posterior = new_posterior(settings, *sizes, user, load_weights=False)
-                build_optimizers(posterior, settings.optimizer, user.optimizer)
                 _check_head(posterior, settings)
                 _check_storage(posterior)
                 if own:
                     _try_loss(posterior, data)
+                cost = _cost(posterior, settings, data, user, engine)
+                listener.on_note(f"{model_name(settings).capitalize()} ({settings.inference.family}): {cost}.")
         except BayesnetError:
             raise
         except Exception as error:
@@ -112,6 +121,24 @@ def check_models(variants: Sequence[Settings], data: ImageData, user: UserCode) 
                 raise
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             raise ConfigError("the code that was given fails", where=settings.inference.family, hint=reason) from error
+
+
+def _cost(posterior: Posterior, settings: Settings, data: ImageData, user: UserCode, engine: Engine) -> Cost:
+    """Return what a model takes, made sure to fit; a head is timed on features, the backbone's pass not counted.
+
+    Raises:
+        ConfigError: It takes more memory than there is.
+    """
+    cost = count_cost(posterior, settings, len(data.train))
+    check_fits(cost, settings.inference.family, engine.device)
+    if settings.head.mode == "head":
+        num_features, num_examples = num_features_of(posterior), len(data.train)
+        posterior = on_features(settings, num_features, len(data.classes), num_examples, user)
+        data = data._replace(preprocessing=feature_preprocessing(num_features))
+        cost = count_cost(posterior, settings, len(data.train))
+    posterior = posterior.to(engine.device)
+    optimizers = build_optimizers(posterior.members()[0], settings.optimizer, user.optimizer)
+    return cost._replace(step_seconds=time_step(posterior, optimizers, settings, data, engine))
 
 
 def _check_head(posterior: Posterior, settings: Settings) -> None:

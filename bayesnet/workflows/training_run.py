@@ -23,6 +23,7 @@ from bayesnet.progress import FitResult
 from bayesnet.rundir import RunDirectory
 from bayesnet.settings import TWIN, Settings, resolve_settings
 from bayesnet.types import JsonObject
+from bayesnet.workflows.costs import facts_line
 from bayesnet.workflows.environment import environment
 from bayesnet.workflows.fitting import RunContext, TrainListener
 from bayesnet.workflows.model_fitting import fit_model
@@ -163,7 +164,7 @@ def start_run(
     run = RunDirectory.create(None if out is None else Path(out), f"{image_data.name}-{settings.inference.family}")
     try:
         with run.lock():
-            check_models(_variants(settings), image_data, user)
+            check_models(_variants(settings), image_data, user, engine, listener)
             _write_head(run, settings, image_data)
             context = RunContext(run, image_data, engine, listener, stop_signal, user, settings.data.workers)
             return _train(settings, context, profile)
@@ -299,6 +300,9 @@ def _fit_and_evaluate(settings: Settings, context: RunContext, profile: Path | N
         # The test split is read here and nowhere before: everything that could be selected by it is frozen.
         trained = load_model(run, name, context.user)
         models[name]["kl_is_exact"] = trained.posterior.kl_is_exact
+        models[name]["facts"] = trained.posterior.facts()
+        if models[name]["facts"]:
+            context.listener.on_note(f"{name.capitalize()}: {facts_line(models[name]['facts'])}.")
         probabilities = trained.predictor(context.engine, workers=context.workers).probabilities(data.test)
         models[name] |= metrics.evaluate(probabilities, data.test.labels_N.numpy())
     summary["seconds"] = time.perf_counter() - started
