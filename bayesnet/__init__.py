@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bayesnet.workflows import compare as compare
     from bayesnet.workflows import doctor as doctor
     from bayesnet.workflows import predict as predict
+    from bayesnet.workflows import selftest as selftest
     from bayesnet.workflows import train as train
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ _HOMES = {
     "doctor": "bayesnet.workflows",
     "load": "bayesnet.estimator",
     "predict": "bayesnet.workflows",
+    "selftest": "bayesnet.workflows",
     "train": "bayesnet.workflows",
 }
 

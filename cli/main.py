@@ -19,6 +19,7 @@ from .compare import compare
 from .doctor import doctor
 from .list import list_command
 from .predict import predict
+from .selftest import selftest
 from .train import train
 
 BROKEN_PIPE = 141
@@ -36,7 +37,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (train, calibrate, predict, bench, compare, list_command, doctor):
+for command in (train, calibrate, predict, bench, compare, list_command, doctor, selftest):
     cli.add_command(command)
 
 

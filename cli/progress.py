@@ -13,7 +13,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from bayesnet.errors import StopRequest, printable
 from bayesnet.progress import EpochReport
-from bayesnet.workflows import TrainListener
+from bayesnet.selftest.base import Check
+from bayesnet.workflows import SelftestListener, TrainListener
 
 
 class StopSignals:
@@ -118,3 +119,11 @@ class TrainProgress(TrainListener):
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             click.echo(text, err=True)
+
+
+class SelftestProgress(SelftestListener):
+    """Says which check of the battery runs."""
+
+    def on_check(self, check: Check, number: int, total: int) -> None:
+        """Print its line."""
+        click.echo(f"{number:>3}/{total}  {check.id:<4} {check.name}", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bayesnet.errors import printable
+from bayesnet.selftest.base import FAMILY_COLUMNS
 from bayesnet.types import JsonObject
 
 METRICS = {"accuracy": "accuracy", "nll": "NLL (nats)", "brier": "Brier", "ece": "ECE", "aurc": "AURC"}
@@ -37,9 +39,10 @@ def print_train_summary(summary: JsonObject) -> None:
         if scale["final"] is not None:
             sampled = "" if model["kl_is_exact"] else " (one draw)"
             train = "" if model["train_nll"] is None else f"train NLL {model['train_nll']:.4f}, "
+            start = "" if scale["initial"] is None else f"{scale['initial']:.4f} -> "
             say(
-                f"{name}: {train}KL {model['kl']:.1f} nats{sampled}, KL/N "
-                f"{model['kl_per_example']:.4f}; median posterior sd {scale['initial']:.4f} -> {scale['final']:.4f}"
+                f"{name}: posterior temperature {model['posterior_temperature']:g}, {train}KL {model['kl']:.1f} "
+                f"nats{sampled}, KL/N {model['kl_per_example']:.4f}; median posterior sd {start}{scale['final']:.4f}"
             )
     say(f"run: {run}")
     examples = "FILE_OR_FOLDER" if data["name"] == "folder" else f"{run}/examples"
@@ -145,6 +148,49 @@ def print_doctor(record: JsonObject) -> None:
     for check in record["checks"]:
         line = f"{'ok  ' if check['ok'] else 'FAIL'} {check['name']}: {check['found']}"
         say(line + (f": {check['advice']}" if check["advice"] else ""))
+
+
+def print_selftest(record: JsonObject) -> None:
+    """Print the worst outcome of each check, the families' table and the planted faults; every failure by name."""
+    worst: dict[tuple[str, str], JsonObject] = {}
+    for test in record["tests"]:
+        key = test["id"], test["name"]
+        if key not in worst or _closeness(test) > _closeness(worst[key]):
+            worst[key] = test
+    rows = [
+        [test["id"], test["name"], _number(test["value"]), _number(test["bound"]), "ok" if test["passed"] else "FAIL"]
+        for test in worst.values()
+    ]
+    table("worst outcome of each check", ["", "check", "value", "bound", ""], rows, texts=("check",))
+    if record["families"]:
+        columns = list(dict.fromkeys(key for row in record["families"].values() for key in row))
+        rows = [[name, *(_number(row.get(key)) for key in columns)] for name, row in record["families"].items()]
+        table("families", ["", *columns], rows)
+        for key in columns:
+            say(f"{key}: {FAMILY_COLUMNS[key]}")
+    for test in record["tests"]:
+        if not test["passed"]:
+            say(
+                f"FAIL {test['id']} {test['name']}: {test['what']}: {_number(test['value'])} > {_number(test['bound'])}"
+            )
+    for missed in record["planted"]["missed"]:
+        say(f"FAIL not caught: {missed['fault']}, by {missed['check']}")
+    planted, failed = record["planted"], sum(not test["passed"] for test in record["tests"])
+    say(
+        f"{len(record['tests']) - failed} of {len(record['tests'])} outcomes within bounds; planted faults caught: "
+        f"{planted['caught']} of {planted['tried']}; {record['seconds']:.0f} s"
+    )
+
+
+def _closeness(test: JsonObject) -> float:
+    """Return how near an outcome is to its bound; a failure is nearer than all others."""
+    if not test["passed"] or test["value"] is None:
+        return math.inf
+    return float(test["value"] / test["bound"]) if test["bound"] else 0.0
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def table(

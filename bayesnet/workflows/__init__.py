@@ -9,10 +9,12 @@ from bayesnet.workflows.environment import doctor
 from bayesnet.workflows.fitting import TrainListener
 from bayesnet.workflows.listing import list_backbones, list_datasets, list_families
 from bayesnet.workflows.predicting import ImageClassifier, predict
+from bayesnet.workflows.selftesting import SelftestListener, selftest
 from bayesnet.workflows.training_run import train
 
 __all__ = [
     "ImageClassifier",
+    "SelftestListener",
     "TrainListener",
     "bench",
     "calibrate",
@@ -22,5 +24,6 @@ __all__ = [
     "list_datasets",
     "list_families",
     "predict",
+    "selftest",
     "train",
 ]

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import click
 import pytest
 from bayesnet_cli.main import BROKEN_PIPE, cli
 
 from bayesnet import errors
+from bayesnet.selftest import battery
+from bayesnet.selftest.base import Check, Fault, Findings, Outcome
 
 RunCli = Callable[..., tuple[int, str, str]]
 
 SURFACE = {
     "": "--version --debug --help",
-    "train": "--bayesian --data --family --backbone --weights --freeze --mode --epochs --seed --devices --workers --config "
-    "--set --out --resume --profile --json",
+    "train": "--bayesian --data --family --backbone --weights --freeze --mode --epochs --seed --devices --workers "
+    "--config --set --out --resume --profile --json",
     "calibrate": "[RUN] --alpha --devices --json",
     "predict": "PATH... --run --model --interval --samples --devices --json",
     "bench": "[RUN] --devices --batch --samples --seconds --json",
     "compare": "RUN... --json",
     "list": "WHAT [PATTERN] --json",
     "doctor": "--json",
+    "selftest": "--full --seed --json",
 }
 
 EXIT_CODES = {
@@ -49,8 +54,8 @@ JSON_KEYS = {
     "train": """
         run fingerprint seconds finished finished_at
         data{ name num_train num_validation num_calibration num_test classes }
-        models{ NAME{ EVALUATION family epoch epochs step digest validation_nll train_nll kl kl_is_exact
-            kl_per_example seconds
+        models{ NAME{ EVALUATION family epoch epochs step digest validation_nll train_nll kl kl_is_exact facts
+            kl_per_example posterior_temperature seconds
             posterior_scale{ initial final } } }""",
     "calibrate": """
         run sentence report
@@ -70,9 +75,19 @@ JSON_KEYS = {
         rows{ name description num_features parameters input_size accuracy }
         collections{ name description num_names }""",
     "compare": "same_test_split rows{ run data model family seed calibrated metrics{ EVALUATED } }",
+    "selftest": """
+        passed full seed seconds versions planted{ caught tried missed }
+        tests{ id name what passed value bound seconds } families{ full_rank{ sd_ratio } }""",
     "doctor": "ENVIRONMENT ok checks{ name ok found advice exit_code }",
 }
-OPAQUE = {"versions", "devices"}
+OPAQUE = {"versions", "devices", "facts"}
+TOY_FAULT = Fault("two for one", lambda: mock.patch.object(math, "tau", 2.0))
+TOY_CHECK = Check(
+    "T0",
+    "the selftest's own keys",
+    lambda seed: Findings((Outcome("error", abs(math.tau - 2 * math.pi), 1e-9),), {"full_rank": {"sd_ratio": 1.0}}),
+    (TOY_FAULT,),
+)
 
 
 def declared(text: str) -> set[str]:
@@ -127,7 +142,7 @@ def test_exit_codes() -> None:
 
 
 @pytest.mark.parametrize("name", JSON_KEYS)
-def test_json_keys(run_cli: RunCli, calibrated_copy: Path, name: str) -> None:
+def test_json_keys(run_cli: RunCli, calibrated_copy: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command prints one JSON object and nothing else, with exactly these keys."""
     shutil.copy(calibrated_copy / "classes.json", calibrated_copy / "examples" / "bad.png")  # for `skipped`
     lines = {
@@ -136,7 +151,9 @@ def test_json_keys(run_cli: RunCli, calibrated_copy: Path, name: str) -> None:
         "bench": "bench {run} --seconds 0.1 --devices cpu --json",
         "list": "list backbones --json",
         "doctor": "doctor --json",
+        "selftest": "selftest --json",
     }
+    monkeypatch.setattr(battery, "battery", lambda *, full: (TOY_CHECK,))
     code, out, _ = run_cli(lines.get(name, f"{name} {{run}} --json"), run=calibrated_copy)
     assert code == 0
     assert set(spelled(json.loads(out))) == declared(JSON_KEYS[name])

@@ -1,0 +1,204 @@
+"""Every family on one data set: metrics against the twin over seeds, posterior temperatures, and the cost of a step.
+
+    python benchmarks/families.py --seeds 5 --out benchmarks/results
+    python benchmarks/families.py --worker 0/2 ...      (half of the jobs; another process does the other half)
+
+Each job is one `bayesnet train` with the family's recipe on the same splits. The posterior temperature is chosen from
+--temperatures by the mean validation NLL over the seeds, for families that have one; the table gives test NLL at 1 and
+at the chosen one. Jobs are kept in --work, one JSON file each: an interrupted run goes on. With --smoke, one epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scipy.stats import t as student_t
+
+import bayesnet
+
+TWIN = "deterministic"
+TEMPERED = ("mean_field", "matrix_normal", "low_rank", "full_rank", "vbll", "mean_field_all")
+METRICS = ("accuracy", "nll", "brier", "ece", "validation_nll", "seconds", "posterior_temperature", "facts")
+
+
+class Job(NamedTuple):
+    """One training run."""
+
+    family: str
+    temperature: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What its file is called."""
+        return f"{self.family}-T{self.temperature:g}-seed{self.seed}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", default="digits", help="a data set with recipes")
+    parser.add_argument("--families", default=",".join(name for name in bayesnet.FAMILIES if name != "guide"))
+    parser.add_argument("--temperatures", default="1,0.3,0.1")
+    parser.add_argument("--set", action="append", default=[], metavar="K=V", dest="overrides")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--worker", default="0/1", help="I/N: do every Nth job, from the Ith")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bayesnet-families")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    families = arguments.families.split(",")
+    temperatures = [float(text) for text in arguments.temperatures.split(",")]
+    if arguments.smoke:
+        arguments.seeds, arguments.overrides = 1, [*arguments.overrides, "training.epochs=1"]
+    jobs = [
+        Job(family, temperature, seed)
+        for seed in range(arguments.seeds)
+        for family in families
+        for temperature in (temperatures if family in TEMPERED else [1.0])
+    ]
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    position, count = (int(part) for part in arguments.worker.split("/"))
+    for job in jobs[position::count]:
+        record = run(job, arguments)
+        print(f"{job.name}: accuracy {record['accuracy']:.4f} NLL {record['nll']:.4f}", file=sys.stderr, flush=True)
+    for family in [each for each in families if each != TWIN][position::count]:
+        bench(family, arguments)
+    if all((arguments.work / f"{job.name}.json").exists() for job in jobs):
+        write(arguments, {job: run(job, arguments) for job in jobs}, families)
+
+
+def run(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train once, or read what was found before."""
+    path = arguments.work / f"{job.name}.json"
+    if not path.exists():
+        tempered = [f"training.temperature={job.temperature:g}"] if job.family in TEMPERED else []
+        with tempfile.TemporaryDirectory() as folder:
+            summary = bayesnet.train(
+                data=arguments.data,
+                family=job.family,
+                seed=job.seed,
+                overrides=["training.twin=false", *tempered, *arguments.overrides],
+                out=Path(folder) / "run",
+            )
+        [model] = summary["models"].values()
+        path.write_text(json.dumps({key: model[key] for key in METRICS} | {"data": summary["data"]}), encoding="utf-8")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def bench(family: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the rows that `bayesnet bench` gives for a run of one epoch, or what was measured before."""
+    path = arguments.work / f"bench-{family}.json"
+    if not path.exists():
+        short = ["training.epochs=1", "inference.warmup=10", "inference.draws=10", "inference.max_draws=16"]
+        overrides = [*arguments.overrides, *(short if family == "nuts" else short[:1])]
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "run"
+            bayesnet.train(data=arguments.data, family=family, overrides=overrides, out=out)
+            record = bayesnet.bench(out, devices="cpu", seconds=2.0)
+        path.write_text(json.dumps({"rows": record["rows"], "control": record["control"]}), encoding="utf-8")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def interval(differences: Sequence[float]) -> str:
+    """Return the mean with its 95 % t interval over seeds."""
+    mean = statistics.mean(differences)
+    if len(differences) < 2:
+        return f"{mean:+.4f}"
+    width = float(student_t.ppf(0.975, len(differences) - 1)) * statistics.stdev(differences)
+    width /= math.sqrt(len(differences))
+    return f"{mean:+.4f} [{mean - width:+.4f}, {mean + width:+.4f}]"
+
+
+def spread(values: Sequence[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
+
+
+def chosen_temperature(records: dict[Job, dict[str, Any]], family: str) -> float:
+    """Return the temperature with the lowest mean validation NLL."""
+    means: dict[float, list[float]] = {}
+    for job, record in records.items():
+        if job.family == family:
+            means.setdefault(job.temperature, []).append(record["validation_nll"])
+    return min(means, key=lambda temperature: statistics.mean(means[temperature]))
+
+
+def row(records: dict[Job, dict[str, Any]], family: str, arguments: argparse.Namespace) -> str:
+    """Return a family's line of the table."""
+    seeds, best = range(arguments.seeds), chosen_temperature(records, family)
+    at_one = [records[Job(family, 1.0, seed)] for seed in seeds]
+    at_best = [records[Job(family, best, seed)] for seed in seeds]
+    twin = [records[Job(TWIN, 1.0, seed)]["nll"] for seed in seeds]
+    difference = interval([record["nll"] - nll for record, nll in zip(at_best, twin, strict=True)])
+    cells = [
+        spread([record["accuracy"] for record in at_best]),
+        spread([record["nll"] for record in at_one]),
+        f"{best:g}",
+        spread([record["nll"] for record in at_best]),
+        "" if family == TWIN else difference,
+        "1" if family == TWIN else step_ratio(family, arguments),
+    ]
+    return f"| `{family}` | " + " | ".join(cells) + " |"
+
+
+def step_ratio(family: str, arguments: argparse.Namespace) -> str:
+    """Return the cost of a training step over the twin's, with its interval."""
+    [found] = [
+        entry
+        for entry in bench(family, arguments)["rows"]
+        if entry["phase"] == "train" and entry["model"] == "bayesian"
+    ]
+    low, high = found["ratio_ci95"]
+    return f"{found['ratio_to_deterministic']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def write(arguments: argparse.Namespace, records: dict[Job, dict[str, Any]], families: Sequence[str]) -> None:
+    """Write the JSON and the Markdown file."""
+    environment = bayesnet.doctor()
+    command = "python benchmarks/families.py " + " ".join(sys.argv[1:])
+    device = next(iter(environment["devices"]))
+    data = next(iter(records.values()))["data"]
+    stem = f"families-{arguments.data}_{device}_{date.today():%Y-%m-%d}"
+    lines = [
+        f"# Every family on {arguments.data}: {arguments.seeds} seeds, the same splits",
+        "",
+        f"{data['num_train']} training, {data['num_validation']} validation and {data['num_test']} test images. Mean ± "
+        "standard deviation over seeds; differences in test NLL are to the twin, paired by seed, with 95 % t intervals "
+        "over seeds (same test images: they speak of these images). T is the posterior temperature, chosen by mean "
+        "validation NLL among " + arguments.temperatures + ". The last column is the time of a training step over the "
+        "twin's, interleaved, with the 95 % interval over rounds.",
+        "",
+        "| family | accuracy | NLL, T = 1 | T | NLL at T | NLL at T - twin | step / twin's |",
+        "|---|---|---|---|---|---|---|",
+        *(row(records, family, arguments) for family in families),
+        "",
+        f"Command: `{command}`. {environment['devices'][device]}, {environment['threads']} threads; "
+        + ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+        + ".",
+        "",
+    ]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    content = {
+        "command": command,
+        "environment": environment,
+        "runs": [job._asdict() | record for job, record in records.items()],
+        "bench": {family: bench(family, arguments) for family in families if family != TWIN},
+    }
+    (arguments.out / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (arguments.out / f"{stem}.md").write_text("\n".join(lines), encoding="utf-8")
+    print(arguments.out / f"{stem}.md")
+
+
+if __name__ == "__main__":
+    main()
