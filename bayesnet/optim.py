@@ -1,8 +1,8 @@
 """Two optimizers that together own every parameter once, their common schedule, and their state as plain tensors.
 
-The backbone's optimizer is SGD or AdamW with weight decay. The variational parameters have their own Adam with its own
-learning rate, and are never decayed, since the KL is their prior. A posterior whose scales follow the backbone's
-optimizer keeps the scale that it started with: a constant, not an inference.
+The backbone's optimizer is SGD, AdamW or bSAM with weight decay. The variational parameters have their own Adam with
+its own learning rate, and are never decayed, since the KL is their prior. A posterior whose scales follow the
+backbone's optimizer keeps the scale that it started with: a constant, not an inference.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from bayesnet.bsam import BSAM
 from bayesnet.config import require
 from bayesnet.errors import CheckpointError
 from bayesnet.inference.base import Posterior
@@ -36,11 +37,15 @@ class OptimizerConfig:
     """Optimizers and their schedule.
 
     Attributes:
-        name: "sgd" (Nesterov momentum) or "adamw", for all parameters that are not variational; "custom" is an
-            optimizer given from Python.
+        name: "sgd" (Nesterov momentum), "adamw" or "bsam" (Bayesian sharpness-aware, two passes a step), for all
+            parameters that are not variational; "custom" is an optimizer given from Python.
         learning_rate: Its peak learning rate.
-        momentum: Of SGD.
-        weight_decay: On weights; not on biases and normalisation parameters, and never on variational parameters.
+        momentum: Of SGD; beta1 of bSAM.
+        weight_decay: On weights; not on biases and normalisation parameters, and never on variational parameters. For
+            bSAM it is the prior's precision over N.
+        rho: Size of bSAM's step uphill.
+        beta2: Decay of bSAM's precision.
+        damping: Added to bSAM's precision.
         schedule: Scales both optimizers' learning rates: "cosine" to zero over all epochs, "constant", "step" (times
             ``step_factor`` after every ``step_epochs``), or "one_cycle" (up from 1/25 and down to 1/250,000 of the peak
             by half cosines, Smith and Topin 2018, arXiv:1708.07120).
@@ -51,10 +56,13 @@ class OptimizerConfig:
         variational_learning_rate: Adam's peak learning rate on the variational parameters.
     """
 
-    name: Literal["sgd", "adamw", "custom"] = "sgd"
+    name: Literal["sgd", "adamw", "bsam", "custom"] = "sgd"
     learning_rate: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    rho: float = 0.05
+    beta2: float = 0.999
+    damping: float = 0.1
     schedule: Literal["cosine", "constant", "step", "one_cycle"] = "cosine"
     warmup_epochs: float = 1.0
     step_epochs: int = 10
@@ -63,10 +71,13 @@ class OptimizerConfig:
     variational_learning_rate: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "variational_learning_rate"):
+        for name in ("learning_rate", "variational_learning_rate", "damping"):
             value = getattr(self, name)
             require(0 < value < math.inf, "must be positive and finite", where=f"optimizer.{name} = {value}")
-        require(0 <= self.momentum < 1, "must be in [0, 1)", where=f"optimizer.momentum = {self.momentum}")
+        for name in ("momentum", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, "must be in [0, 1)", where=f"optimizer.{name} = {value}")
+        require(0 <= self.rho < math.inf, "must not be negative", where=f"optimizer.rho = {self.rho}")
         require(0 <= self.weight_decay < math.inf, "must not be negative", where="optimizer.weight_decay")
         require(0 <= self.warmup_epochs < math.inf, "must not be negative", where="optimizer.warmup_epochs")
         require(self.step_epochs >= 1, "must be at least 1", where=f"optimizer.step_epochs = {self.step_epochs}")
@@ -76,7 +87,7 @@ class OptimizerConfig:
 
 
 def build_optimizers(
-    posterior: Posterior, config: OptimizerConfig, factory: OptimizerFactory | None = None
+    posterior: Posterior, config: OptimizerConfig, factory: OptimizerFactory | None = None, *, num_examples: int = 1
 ) -> tuple[Optimizer, ...]:
     """Return the optimizers that together own every trained parameter of the posterior once.
 
@@ -85,6 +96,7 @@ def build_optimizers(
         config: Names, rates, weight decay.
         factory: Makes the optimizer of the rest, in place of ``config.name``, from parameter groups with "params" and
             "weight_decay". Its learning rates are its own; the schedule scales them.
+        num_examples: N, for the noise of bSAM: far too large without it.
 
     Raises:
         ConfigError: The factory gives no optimizer, one of other parameters, or one that needs a closure; or the
@@ -106,14 +118,22 @@ def build_optimizers(
     optimizers: list[Optimizer] = []
     if groups and factory is not None:
         optimizers.append(_checked(factory(groups), others))
-    elif groups and config.name == "sgd":
-        momentum = config.momentum
-        optimizers.append(SGD(groups, lr=config.learning_rate, momentum=momentum, nesterov=momentum > 0, fused=fused))
     elif groups:
-        optimizers.append(AdamW(groups, lr=config.learning_rate, fused=fused))
+        optimizers.append(_named(groups, config, num_examples, fused=fused))
     if variational:
         optimizers.append(Adam(variational, lr=config.variational_learning_rate, fused=fused))
     return tuple(optimizers)
+
+
+def _named(groups: list[dict[str, Any]], config: OptimizerConfig, num_examples: int, *, fused: bool) -> Optimizer:
+    """Return the optimizer that ``config.name`` names."""
+    rate, momentum = config.learning_rate, config.momentum
+    if config.name == "sgd":
+        return SGD(groups, lr=rate, momentum=momentum, nesterov=momentum > 0, fused=fused)
+    if config.name == "adamw":
+        return AdamW(groups, lr=rate, fused=fused)
+    settings = {"rho": config.rho, "beta1": momentum, "beta2": config.beta2, "damping": config.damping}
+    return BSAM(groups, lr=rate, num_examples=num_examples, **settings)
 
 
 def _checked(optimizer: object, parameters: Sequence[nn.Parameter]) -> Optimizer:
@@ -249,7 +269,7 @@ def restore_optimizers(module: nn.Module, optimizers: Sequence[Optimizer], tenso
         for index, (name, parameter) in enumerate(_owned(module, optimizer)):
             values = saved.pop(name, {})
             tensors_of = [value for value in values.values() if isinstance(value, Tensor)]
-            ours = isinstance(optimizer, SGD | Adam)  # a user's state may have any shape
+            ours = isinstance(optimizer, SGD | Adam | BSAM)  # a user's state may have any shape
             if ours and any(t.dim() and t.shape != parameter.shape for t in tensors_of):
                 raise CheckpointError("optimizer state does not fit the model", where=name)
             if values:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from bayesnet.checkpoint import step_name
 from bayesnet.config import require
 from bayesnet.errors import CheckpointError, DivergedError
+from bayesnet.optim import OptimizerConfig
 from bayesnet.step import StepPlan
 from bayesnet.types import JsonObject
 
@@ -24,7 +25,9 @@ class TrainingConfig:
         epochs: Passes over the training split.
         batch_size: Images per step; a last batch of one joins the batch before it (batch norm needs two).
         seed: Of initial weights, order, augmentation and posterior noise. Splits have their own, data.seed.
-        kl_warmup_epochs: Epochs over which the KL's weight rises linearly from 0 to 1.
+        temperature: T of the posterior: the loss is fit + T KL / N. 1 is the evidence bound itself; below 1 the
+            posterior is narrower than Bayes' rule says, above 1 wider. Not for families that fit no spread.
+        kl_warmup_epochs: Epochs over which the KL's weight rises linearly from 0 to T.
         selection: Which epoch's model the run uses: "best" has the lowest validation NLL, "last" is the end of the
             schedule, the better choice where the validation split is too small to rank epochs. Both are kept.
         patience: Epochs without a better validation NLL after which training stops; 0 never stops early.
@@ -41,6 +44,7 @@ class TrainingConfig:
     epochs: int = 20
     batch_size: int = 64
     seed: int = 0
+    temperature: float = 1.0
     kl_warmup_epochs: float = 0.0
     selection: Literal["best", "last"] = "best"
     patience: int = 0
@@ -56,6 +60,8 @@ class TrainingConfig:
         require(self.epochs >= 1, "must be at least 1", where=f"training.epochs = {self.epochs}")
         require(self.batch_size >= 2, "must be at least 2", where=f"training.batch_size = {self.batch_size}")
         require(0 <= self.seed < 2**31, "must be from 0 to 2^31 - 1", where=f"training.seed = {self.seed}")
+        where = f"training.temperature = {self.temperature}"
+        require(0 < self.temperature < math.inf, "must be positive and finite", where=where)
         for key in ("kl_warmup_epochs", "patience", "mixup", "clip_norm", "sam_rho"):
             value = getattr(self, key)
             require(0 <= value < math.inf, "must not be negative", where=f"training.{key} = {value}")
@@ -72,6 +78,13 @@ class TrainingConfig:
     def plan(self) -> StepPlan:
         """How a batch's gradient is computed."""
         return StepPlan(self.accumulation, self.clip_norm, self.sam_rho)
+
+
+def check_together(optimizer: OptimizerConfig, training: TrainingConfig) -> None:
+    """Raise ConfigError where the settings of the optimizer and those of training exclude each other."""
+    both = optimizer.name == "bsam" and training.sam_rho > 0
+    where = f"optimizer.name = bsam, training.sam_rho = {training.sam_rho}"
+    require(not both, "bSAM and SAM are two forms of one thing", where=where, hint="set training.sam_rho = 0")
 
 
 class EpochReport(NamedTuple):

@@ -99,6 +99,7 @@ class Settings:
     def twin(self) -> Settings:
         """Return the same settings for the deterministic twin; it trains the backbone that a head takes from it."""
         mapping = self.to_mapping() | {"inference": {"family": TWIN}}
+        mapping["training"] = mapping["training"] | {"temperature": 1.0}  # it has no posterior
         if self.head.backbone == TWIN_BACKBONE:
             mapping["head"] = {}
         return build_settings(mapping)

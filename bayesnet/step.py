@@ -3,9 +3,10 @@ r"""One optimisation step: the gradient of a batch, in parts where memory asks f
 Sharpness-aware training (SAM) takes its gradient where the loss is worst nearby, w + rho * g / ||g||, from a second
 pass over the same batch with the same dropout and posterior noise. The neighbourhood is that of the backbone and of the
 posterior's mean; spreads stay where they are. Only the first pass moves running statistics, and the weights come back
-from a copy, bit for bit.
+from a copy, bit for bit. With bSAM among the optimizers the first pass is at a draw of the weights that it owns; only
+the second one, uphill from their mean, is reported and moves running statistics: a draw's would not fit the mean.
 
-Cost: SAM doubles a step. Reference: Foret et al. 2021, "Sharpness-aware minimization", arXiv:2010.01412.
+Cost: SAM and bSAM double a step. Reference: Foret et al. 2021, "Sharpness-aware minimization", arXiv:2010.01412.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from bayesnet.bsam import BSAM
 from bayesnet.inference.base import Posterior
 from bayesnet.types import Loss
 
@@ -60,14 +62,23 @@ def take_step(
         plan: Parts, clipping, sharpness.
     """
     batch = _Batch(posterior, x_BCHW, y, kl_weight, min(plan.accumulation, max(1, len(x_BCHW) // 2)))
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    loss = _sharpness_aware_gradient(batch, optimizers, plan.sam_rho) if plan.sam_rho else batch.backward()
-    if plan.clip_norm:
-        clip_grad_norm_([p for p in posterior.parameters() if p.grad is not None], plan.clip_norm, foreach=True)
+    _forget_gradients(optimizers)
+    bsam = next((optimizer for optimizer in optimizers if isinstance(optimizer, BSAM)), None)
+    if bsam is not None:
+        loss = _bsam_gradient(batch, optimizers, bsam, plan.clip_norm)
+    elif plan.sam_rho:
+        loss = _sharpness_aware_gradient(batch, optimizers, plan.sam_rho)
+    else:
+        loss = batch.backward()
+    batch.clip(plan.clip_norm)
     for optimizer in optimizers:
         optimizer.step()
     return loss
+
+
+def _forget_gradients(optimizers: Sequence[Optimizer]) -> None:
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
 
 
 class _Batch(NamedTuple):
@@ -97,6 +108,12 @@ class _Batch(NamedTuple):
         torch.autograd.backward(objective if share == 1.0 else share * objective)
         return Loss(*(part.detach() for part in loss))
 
+    def clip(self, max_norm: float) -> None:
+        """Scale the gradient of all parameters together down to a norm; 0 does not clip."""
+        if max_norm:
+            parameters = [p for p in self.posterior.parameters() if p.grad is not None]
+            clip_grad_norm_(parameters, max_norm, foreach=True)
+
 
 def _sharpness_aware_gradient(batch: _Batch, optimizers: Sequence[Optimizer], rho: float) -> Loss:
     """Leave the gradient at the perturbed weights in the parameters; return the loss at the weights themselves."""
@@ -110,11 +127,29 @@ def _sharpness_aware_gradient(batch: _Batch, optimizers: Sequence[Optimizer], rh
         scale = rho / (get_total_norm(gradients, foreach=True) + 1e-12)
         with torch.no_grad():
             torch._foreach_add_(moved, list(torch._foreach_mul(gradients, scale)))
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        _forget_gradients(optimizers)
         set_random_state(device, noise)
         batch.backward()
     return loss
+
+
+def _bsam_gradient(batch: _Batch, optimizers: Sequence[Optimizer], bsam: BSAM, clip_norm: float) -> Loss:
+    """Leave the gradient uphill from the means in the parameters; return the loss there.
+
+    All other parameters, those of the posterior among them, stay where they are; both gradients are clipped.
+    """
+    device = batch.x_BCHW.device
+    owned = bsam.parameters()
+    with _restored([*owned, *batch.posterior.buffers()]):
+        bsam.add_noise()
+        noise = random_state(device)
+        batch.backward()
+    batch.clip(clip_norm)
+    with _restored(owned):
+        bsam.ascend()
+        _forget_gradients(optimizers)
+        set_random_state(device, noise)
+        return batch.backward()
 
 
 @contextlib.contextmanager

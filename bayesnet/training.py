@@ -21,7 +21,7 @@ from bayesnet.batches import TrainingData, batch_bounds, epoch_batches
 from bayesnet.checkpoint import Checkpoint, first_non_finite, prune_checkpoints, save_checkpoint
 from bayesnet.data.sampling import effective_size
 from bayesnet.engine import Engine
-from bayesnet.errors import CheckpointError, DivergedError, InterruptedRunError
+from bayesnet.errors import CheckpointError, ConfigError, DivergedError, InterruptedRunError
 from bayesnet.inference.base import Posterior
 from bayesnet.optim import (
     OptimizerConfig,
@@ -34,7 +34,7 @@ from bayesnet.optim import (
     schedule_factor,
 )
 from bayesnet.profiling import StepProfiler, profiled
-from bayesnet.progress import EpochReport, FitResult, Progress, TrainingConfig
+from bayesnet.progress import EpochReport, FitResult, Progress, TrainingConfig, check_together
 from bayesnet.step import random_state, set_random_state
 from bayesnet.types import JsonObject
 
@@ -82,7 +82,7 @@ def fit(
         directory: Where the step-... checkpoints go.
         engine: Where to run.
         optimizer: Optimizers and schedule.
-        training: Epochs, batch size, seed, KL warm-up.
+        training: Epochs, batch size, seed, temperature, KL warm-up.
         metadata: Added to every checkpoint's state.json: what is needed to use the model.
         resume: The checkpoint to go on from.
         listener: Hears of progress.
@@ -92,10 +92,13 @@ def fit(
         profile: File for a trace of a few steps.
 
     Raises:
+        ConfigError: Settings exclude each other or do not fit the posterior.
         DivergedError: The loss or a parameter is not finite; the last finite checkpoint stays.
         InterruptedRunError: ``stop_signal`` gave a number; the checkpoint is committed.
         StorageError: A checkpoint could not be written.
     """
+    check_together(optimizer, training)
+    check_temperature(posterior, training.temperature)
     trainer = _Trainer(posterior, data, directory, engine, optimizer, training, metadata, optimizer_factory)
     # The caller's random state is left as it was: a fit is a function of its seed.
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
@@ -104,6 +107,19 @@ def fit(
         with profiled(profile, engine.device, listener.on_note) as profiler:
             trainer.run(validate, listener, stop_signal, profiler)
     return trainer.result()
+
+
+def check_temperature(posterior: Posterior, temperature: float) -> None:
+    """Raise ConfigError unless the temperature is 1 or training fits a spread, which is what it acts on.
+
+    A mode does not depend on it: p(w | y)^(1 / T) has the same one for every T.
+    """
+    if temperature != 1 and not posterior.scale_parameters():
+        raise ConfigError(
+            "the family fits no spread by its KL, and a mode does not depend on the temperature",
+            where=f"training.temperature = {temperature}",
+            hint="set it to 1, or take a variational family such as mean_field",
+        )
 
 
 class _Trainer:
@@ -123,8 +139,8 @@ class _Trainer:
         self.posterior = posterior.to(engine.device)
         self.data, self.directory, self.engine = data, directory, engine
         self.optimizer_config, self.training, self.metadata = optimizer, training, metadata
-        self.optimizers = build_optimizers(posterior, optimizer, optimizer_factory)
         self.num_examples = effective_size(data.examples.labels_N, balanced=training.balanced)
+        self.optimizers = build_optimizers(posterior, optimizer, optimizer_factory, num_examples=self.num_examples)
         self.peak_rates = [float(group["lr"]) for group in self.param_groups]
         self.bounds = batch_bounds(len(data.examples), training.batch_size)
         self.num_steps = training.epochs * len(self.bounds)
@@ -206,7 +222,8 @@ class _Trainer:
         for group, rate in zip(self.param_groups, self.peak_rates, strict=True):
             group["lr"] = rate * factor
         warmup_steps = self.training.kl_warmup_epochs * steps_per_epoch
-        return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+        share = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+        return self.training.temperature * share
 
     def finish_epoch(self, validation_nll: float, clock: _Clock) -> EpochReport:
         """Record the epoch, note whether it is the best, and commit its checkpoint."""

@@ -39,7 +39,7 @@ class Loss(NamedTuple):
     fit: Tensor
 
     def tempered(self, kl_weight: Tensor | float) -> Tensor:
-        """Return fit + kl_weight * KL / N, nats per example: the objective while the KL is warmed up."""
+        """Return fit + kl_weight * KL / N, nats per example: the objective of a KL that is warmed up or tempered."""
         return self.fit + kl_weight * (self.total - self.fit)
 
 

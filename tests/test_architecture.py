@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bayesnet.progress", "bayesnet.predictive"),
     ("bayesnet.engine", "bayesnet.optim"),
     ("bayesnet.step",),
-    ("bayesnet.inference",),
+    ("bayesnet.inference", "bayesnet.bsam"),
     ("bayesnet.model", "bayesnet.elbo"),
     ("bayesnet.data", "bayesnet.backbones", "bayesnet.calibration", "bayesnet.plots"),
     ("bayesnet.metrics", "bayesnet.convergence"),
@@ -59,7 +59,14 @@ DOORS: dict[str, tuple[str, ...]] = {
     "torchvision": ("bayesnet.backbones",),
     "timm": ("bayesnet.backbones",),
     "huggingface_hub": ("bayesnet.backbones",),
-    "torch.optim": ("bayesnet.optim", "bayesnet.engine", "bayesnet.step", "bayesnet.inference.nuts_sampler", "bayesnet.selftest"),
+    "torch.optim": (
+        "bayesnet.optim",
+        "bayesnet.engine",
+        "bayesnet.step",
+        "bayesnet.bsam",
+        "bayesnet.inference.nuts_sampler",
+        "bayesnet.selftest",
+    ),
     "urllib.request": ("bayesnet.download",),
 }
 
@@ -76,14 +83,18 @@ OFF_BY_DEFAULT = {
     "learn_prior",
     "prior_scale_floor",
     "balanced",
+    "beta2",
     "clip_norm",
+    "damping",
     "label_smoothing",
     "mixup",
     "patience",
     "peak_fraction",
+    "rho",
     "sam_rho",
     "step_epochs",
     "step_factor",
+    "temperature",
     "twin",
 }
 
@@ -318,7 +329,7 @@ def test_every_recipe_is_complete(name: str, tmp_path: Path) -> None:
     mapping = read_config(name)
     spec = f"{data_set}:{tmp_path}" if data_set == "folder" else data_set
     settings = resolve_settings(config=name, data=spec)
-    assert mapping.keys() == {field.name for field in dataclasses.fields(Settings)} - {"engine"}
+    assert mapping.keys() == {field.name for field in dataclasses.fields(Settings)} - {"engine", "head"}
     assert settings.inference.family == family
     for section in ("inference", "optimizer", "training", "predict"):
         keys = to_mapping(getattr(settings, section)).keys()

@@ -15,8 +15,8 @@ from bayesnet.inference import build_inference_config, build_posterior
 from bayesnet.inference.base import Parts, Posterior
 from bayesnet.optim import OptimizerConfig, build_optimizers, optimizer_tensors, restore_optimizers, schedule_factor
 
-Name = Literal["sgd", "adamw"]
-NAMES: tuple[Name, ...] = ("sgd", "adamw")
+Name = Literal["sgd", "adamw", "bsam"]
+NAMES: tuple[Name, ...] = ("sgd", "adamw", "bsam")
 
 
 def make_posterior(family: str = "mean_field", width: int = 2) -> Posterior:
@@ -99,9 +99,10 @@ def test_the_state_comes_back(name: Name) -> None:
     assert all(torch.equal(tensor, copies[key]) for key, tensor in saved.items())  # what was restored from is untouched
 
 
-def test_a_state_that_does_not_fit_is_refused() -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_that_does_not_fit_is_refused(name: Name) -> None:
     posterior = make_posterior()
-    config = OptimizerConfig()
+    config = OptimizerConfig(name=name)
     saved = optimizer_tensors(posterior, take_steps(posterior, config, 1))
     wide = make_posterior(width=4)
     with pytest.raises(CheckpointError, match="optimizer state does not fit the model"):
@@ -109,6 +110,15 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
     twin = make_posterior("deterministic")
     with pytest.raises(CheckpointError, match="optimizer state of an unknown parameter"):
         restore_optimizers(twin, build_optimizers(twin, config), saved)
+
+
+def test_bsam_has_the_settings_and_the_number_of_examples() -> None:
+    config = OptimizerConfig(name="bsam", learning_rate=0.3, momentum=0.8, rho=0.2, beta2=0.99, damping=0.4)
+    bsam, adam = build_optimizers(make_posterior(), config, num_examples=100)
+    assert isinstance(adam, torch.optim.Adam)
+    expected = {"lr": 0.3, "num_examples": 100, "rho": 0.2, "beta1": 0.8, "beta2": 0.99, "damping": 0.4}
+    for group, decay in zip(bsam.param_groups, (5e-4, 0.0), strict=True):
+        assert {key: value for key, value in group.items() if key != "params"} == expected | {"weight_decay": decay}
 
 
 def test_only_variational_parameters_are_no_problem() -> None:
@@ -153,6 +163,9 @@ def test_no_warm_up_exceeds_the_peak_or_stops_the_training(warmup_epochs: float)
         ("learning_rate", math.nan, "must be positive and finite (optimizer.learning_rate = nan)"),
         ("variational_learning_rate", -1.0, "must be positive and finite (optimizer.variational_learning_rate = -1.0)"),
         ("momentum", 1.0, "must be in [0, 1) (optimizer.momentum = 1.0)"),
+        ("beta2", 1.0, "must be in [0, 1) (optimizer.beta2 = 1.0)"),
+        ("rho", -0.1, "must not be negative (optimizer.rho = -0.1)"),
+        ("damping", 0.0, "must be positive and finite (optimizer.damping = 0.0)"),
         ("weight_decay", -0.1, "must not be negative (optimizer.weight_decay)"),
         ("warmup_epochs", math.nan, "must not be negative (optimizer.warmup_epochs)"),
     ],

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bayesnet.backbones import BackboneConfig, build_backbone
 from bayesnet.batches import TrainingData
+from bayesnet.bsam import BSAM
 from bayesnet.checkpoint import newest_checkpoint
 from bayesnet.data import ArrayExamples, Preprocessing
 from bayesnet.data.augment import Augmentation
@@ -330,14 +331,16 @@ class GroupState(torch.optim.SGD):
         lambda groups: torch.optim.Adafactor(groups, lr=0.01),
         lambda groups: torch.optim.NAdam(groups, lr=0.01),
         lambda groups: GroupState(groups, lr=0.1),
+        lambda groups: BSAM(groups, lr=0.01, num_examples=NUM_IMAGES),
     ],
-    ids=["state of another shape", "NAdam", "state in groups"],
+    ids=["state of another shape", "NAdam", "state in groups", "bSAM"],
 )
 def test_optimizers_of_every_kind_resume_bit_equal(tmp_path: Path, factory: OptimizerFactory) -> None:
-    run_fit(tmp_path / "straight", PLAIN_TRAINING, factory=factory)
+    training = replace(EVERYTHING, sam_rho=0.0)
+    run_fit(tmp_path / "straight", training, factory=factory)
     with pytest.raises(InterruptedRunError):
-        run_fit(tmp_path / "resumed", PLAIN_TRAINING, factory=factory, stop_after=7)
-    run_fit(tmp_path / "resumed", PLAIN_TRAINING, factory=factory, resume=True)
+        run_fit(tmp_path / "resumed", training, factory=factory, stop_after=7)
+    run_fit(tmp_path / "resumed", training, factory=factory, resume=True)
     assert_same_end(tmp_path / "straight", tmp_path / "resumed")
 
 

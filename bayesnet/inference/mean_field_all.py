@@ -13,7 +13,8 @@ Normal(m x, s^2 x^2). That is exact for linear layers. In a convolution every po
 all share the weights (Kingma et al. 2015, as all who do so): each output's distribution is exact, their correlation
 between positions is dropped, so with convolutions the objective is a bound for another model, close to but not quite
 this one. ``estimator = "weight"`` draws the weights once per batch: unbiased for any network, at a higher variance.
-Predictions always draw whole networks.
+Predictions always draw whole networks. With far more weights than examples the bound is loose: training at a
+``training.temperature`` of 1 ends near the prior.
 Cost: 2 parameters per weight (and Adam's moments of both); two products per layer in a step instead of one; S passes
 per prediction. Draws come from the device's generator: the same in every call on one kind of device.
 Reference: Blundell et al. 2015, "Weight uncertainty in neural networks", arXiv:1505.05424; local reparameterisation by
@@ -56,8 +57,6 @@ class MeanFieldAllConfig:
         prior_bias_scale: Prior standard deviation of the biases.
         initial_scale: Posterior standard deviation at the start, as a fraction of the prior's.
         estimator: "local" samples the outputs of each layer, "weight" the weights once per batch.
-        temperature: T in the loss, fit + T KL / N. 1 is the bound itself; below 1 the posterior is colder than Bayes'
-            rule says. With far more weights than examples the bound is loose, and training at 1 ends near the prior.
         max_draws: Whole networks that predictions draw at most, one pass each.
     """
 
@@ -67,11 +66,10 @@ class MeanFieldAllConfig:
     prior_bias_scale: float = 1.0
     initial_scale: float = 0.2
     estimator: Literal["local", "weight"] = "local"
-    temperature: float = 1.0
     max_draws: int = 32
 
     def __post_init__(self) -> None:
-        for key in ("prior_scale", "prior_bias_scale", "initial_scale", "temperature"):
+        for key in ("prior_scale", "prior_bias_scale", "initial_scale"):
             value = getattr(self, key)
             require(0 < value < math.inf, "must be positive and finite", where=f"inference.{key} = {value}")
         valid = 1 <= self.max_draws <= MAX_DRAWS
@@ -97,7 +95,6 @@ class MeanFieldAll(Posterior):
         self.table_seed = parts.table_seed
         self.max_draws = config.max_draws
         self.estimator = config.estimator
-        self.temperature = config.temperature
 
     @property
     def layers(self) -> list[GaussianLayer]:
@@ -110,17 +107,14 @@ class MeanFieldAll(Posterior):
         return logits_BK
 
     def loss(self, x_BCHW: Tensor, y: Tensor) -> Loss:
-        """Return the negative ELBO per example by the chosen estimator, its KL weighted by the temperature.
-
-        ``kl`` is the divergence itself: ``total`` is fit + T kl / N.
-        """
+        """Return the negative ELBO per example by the chosen estimator."""
         if self.estimator == "weight":
             with self.drawn():
                 fit, nll = cross_entropy(self.network(x_BCHW), y)
         else:
             fit, nll = cross_entropy(self.network(x_BCHW), y)
         kl = self.kl()
-        return Loss(fit + self.temperature * kl / self.num_examples, nll, kl, fit)
+        return Loss(fit + kl / self.num_examples, nll, kl, fit)
 
     def kl(self) -> Tensor:
         """Return the divergence of all weights from their prior in closed form, nats."""

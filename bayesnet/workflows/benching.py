@@ -148,7 +148,7 @@ def _train_arm(measured: _Measured, engine: Engine) -> Arm:
     """Return a function that takes one training step, the engine's own, on the next of a few rotated batches."""
     subject = measured.subject
     posterior = new_posterior(*subject).to(engine.device).train()
-    optimizers = build_optimizers(posterior, subject.settings.optimizer)
+    optimizers = build_optimizers(posterior, subject.settings.optimizer, num_examples=subject.num_examples)
     generator = torch.Generator().manual_seed(0)
     inputs = [
         (

@@ -7,12 +7,12 @@ import time
 from typing import NamedTuple
 
 import torch
-from torch.optim import Optimizer
 
 from bayesnet.data import ImageData
 from bayesnet.engine import Engine
 from bayesnet.errors import ConfigError
 from bayesnet.inference.base import FinalizeCost, Posterior
+from bayesnet.optim import OptimizerFactory, build_optimizers
 from bayesnet.settings import Settings
 from bayesnet.types import JsonObject
 
@@ -98,18 +98,23 @@ def count_cost(posterior: Posterior, settings: Settings, num_images: int) -> Cos
 
 
 def time_step(
-    posterior: Posterior, optimizers: tuple[Optimizer, ...], settings: Settings, data: ImageData, engine: Engine
+    posterior: Posterior,
+    settings: Settings,
+    data: ImageData,
+    engine: Engine,
+    factory: OptimizerFactory | None = None,
 ) -> float:
     """Return the seconds of a training step on the largest batch, of black images; the posterior is of no use after it.
 
     Args:
         posterior: Untrained, on the engine's device.
-        optimizers: Of its first member.
         settings: Of the model.
         data: Numbers and shapes of its images or features.
         engine: Where it will be trained.
+        factory: The caller's own optimizer, where the settings name it.
     """
     member = posterior.members()[0].train()
+    optimizers = build_optimizers(member, settings.optimizer, factory, num_examples=len(data.train))
     rows = min(settings.training.batch_size, len(data.train))
     x_BCHW = data.preprocessing.normalize(engine.put(torch.zeros(rows, *data.preprocessing.shape)))
     y_B = engine.put(torch.arange(rows) % len(data.classes))

@@ -18,9 +18,10 @@ from bayesnet.engine import Engine
 from bayesnet.errors import BayesnetError, ConfigError
 from bayesnet.inference.base import HeadPosterior, Posterior
 from bayesnet.inference.deterministic import Deterministic
-from bayesnet.optim import build_optimizers
+from bayesnet.progress import check_together
 from bayesnet.rundir import RunDirectory
 from bayesnet.settings import HEAD_BACKBONES, Settings
+from bayesnet.training import check_temperature
 from bayesnet.workflows.costs import Cost, check_fits, count_cost, time_step
 from bayesnet.workflows.fitting import TrainListener
 from bayesnet.workflows.head_fitting import num_features_of, on_features
@@ -108,6 +109,8 @@ def check_models(
         try:
             with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
                 posterior = new_posterior(settings, *sizes, user, load_weights=False)
+                check_together(settings.optimizer, settings.training)
+                check_temperature(posterior, settings.training.temperature)
                 _check_head(posterior, settings)
                 _check_storage(posterior)
                 if own:
@@ -136,9 +139,8 @@ def _cost(posterior: Posterior, settings: Settings, data: ImageData, user: UserC
         posterior = on_features(settings, num_features, len(data.classes), num_examples, user)
         data = data._replace(preprocessing=feature_preprocessing(num_features))
         cost = count_cost(posterior, settings, len(data.train))
-    posterior = posterior.to(engine.device)
-    optimizers = build_optimizers(posterior.members()[0], settings.optimizer, user.optimizer)
-    return cost._replace(step_seconds=time_step(posterior, optimizers, settings, data, engine))
+    seconds = time_step(posterior.to(engine.device), settings, data, engine, user.optimizer)
+    return cost._replace(step_seconds=seconds)
 
 
 def _check_head(posterior: Posterior, settings: Settings) -> None:

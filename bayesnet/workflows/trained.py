@@ -39,6 +39,7 @@ PYTHON_DATA = "python"
 _DATA_KEYS = ("name", "classes", "num_train", "num_validation", "num_calibration", "num_test")
 _FIT_KEYS = (
     "family",
+    "posterior_temperature",
     "step",
     "digest",
     "train_nll",

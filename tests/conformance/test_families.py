@@ -182,6 +182,26 @@ class ScaleTooSmall(MeanField):
         return mean_BK + 0.9 * (super().draws_from_features(features_BD, num_samples) - mean_BK)
 
 
+class PointMass(MeanField):
+    """A Gaussian head that has no spread yet, as one has before a pass that fits it; moments and draws agree."""
+
+    def __init__(self, parts: Parts, config: MeanFieldConfig) -> None:
+        super().__init__(parts, config)
+        torch.nn.init.constant_(self.guide.log_scale, -float("inf"))
+
+
+class SpreadFromNowhere(PointMass):
+    """The same, with draws that spread."""
+
+    def draws_from_features(self, features_BD: torch.Tensor, num_samples: int) -> torch.Tensor:
+        draws_SBK = super().draws_from_features(features_BD, num_samples)
+        return draws_SBK + 1e-3 * torch.linspace(-1, 1, num_samples)[:, None, None]
+
+
+def test_a_posterior_without_spread_has_draws_without_spread() -> None:
+    check_draws_match_moments(_mean_field(PointMass))
+
+
 PLANTED: list[tuple[type[MeanField], Check]] = [
     (KLPerBatch, check_batches_add_up),
     (SummedNLL, check_loss_ignores_order_and_duplicates),
@@ -191,6 +211,7 @@ PLANTED: list[tuple[type[MeanField], Check]] = [
     (SharedTensor, check_no_shared_storage),
     (ReusedParticle, check_particles_equal_a_loop),
     (ScaleTooSmall, check_draws_match_moments),
+    (SpreadFromNowhere, check_draws_match_moments),
 ]
 
 

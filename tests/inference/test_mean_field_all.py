@@ -235,13 +235,13 @@ def test_a_step_never_waits_for_the_device(estimator: str) -> None:
     assert counter.num_host_syncs == 0
 
 
-def test_soft_labels_and_temperature() -> None:
+def test_soft_labels() -> None:
     y_BK = torch.full((4, 3), 0.1) + 0.7 * nn.functional.one_hot(LABELS_B, 3)
-    posterior = make(estimator="weight", temperature=0.25)
+    posterior = make(estimator="weight")
     torch.manual_seed(5)
     loss = posterior.loss(IMAGES_BCHW, y_BK)
     assert torch.allclose(loss.kl, exact_kl(posterior))
-    assert torch.allclose(loss.total, loss.fit + 0.25 * loss.kl / NUM_EXAMPLES)
+    assert torch.allclose(loss.total, loss.fit + loss.kl / NUM_EXAMPLES)
     torch.manual_seed(5)
     with posterior.drawn():
         fit, nll = cross_entropy(posterior.network(IMAGES_BCHW), y_BK)
@@ -257,7 +257,7 @@ def test_what_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(caught.value) == f"the network is too large for mean_field_all (0.0 GiB, at most 0.0): {ALTERNATIVE}"
 
 
-@pytest.mark.parametrize("key", ["prior_scale", "prior_bias_scale", "initial_scale", "temperature"])
+@pytest.mark.parametrize("key", ["prior_scale", "prior_bias_scale", "initial_scale"])
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
 def test_settings_out_of_range(key: str, value: float) -> None:
     with pytest.raises(ConfigError) as caught:
