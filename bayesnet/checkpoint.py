@@ -218,6 +218,23 @@ def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
+def verified_tensors(data: bytes, *, sha256: str, where: object) -> dict[str, Tensor]:
+    """Return the tensors of one safetensors file, given its bytes and the hash that they must have.
+
+    Args:
+        data: Contents of the file.
+        sha256: Their expected SHA-256, in hexadecimal.
+        where: What to call the file in errors.
+
+    Raises:
+        CheckpointError: The bytes are others, or no safetensors.
+    """
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise CheckpointError("SHA-256 differs from the expected one", where=where, hint=f"it is {found}")
+    return _deserialise(data, where)
+
+
 def step_name(step: int) -> str:
     """Return the name of a step's directory.
 
@@ -251,7 +268,7 @@ def _serialise(tensors: Mapping[str, Tensor]) -> bytes:
     return data
 
 
-def _deserialise(data: bytes, where: Path) -> dict[str, Tensor]:
+def _deserialise(data: bytes, where: object) -> dict[str, Tensor]:
     """Return the tensors; safetensors checks that they tile the file without holes, overlaps or overflow."""
     _check_header(data, where)
     try:

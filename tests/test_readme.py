@@ -33,11 +33,11 @@ def test_python_in_ten_lines(folder_data: Path, tmp_path: Path) -> None:
     assert 0 <= float(lower) <= float(probability) <= float(upper) <= 1
 
 
-def test_every_command_of_the_six_exists() -> None:
+def test_every_command_of_the_seven_exists() -> None:
     from bayesnet_cli.main import cli
 
-    lines = block("The command line in six").splitlines()
-    assert len(lines) == 6
+    lines = block("The command line in seven").splitlines()
+    assert len(lines) == 7
     for line in lines:
         words = line.split("#")[0].split()
         command = cli.commands[words[1]]

@@ -21,7 +21,7 @@ MODULES = (
     "simulation_based",  # T9
     "softmax_calibration",  # T10
     "simulated_predictions",  # T11
-    "sampling",
+    "wiring",  # T12's own
     "convergence",  # T14
     "geweke",  # T15
     "numerics",  # T16 and T17

@@ -32,8 +32,8 @@ from bayesnet.inference.gaussian_weight import GaussianWeightPosterior
 from bayesnet.inference.mean_field import MeanField
 from bayesnet.model import linear_logits
 from bayesnet.optim import OptimizerConfig, build_optimizers
+from bayesnet.selftest.linear_gaussian import averaged
 from bayesnet.testing import FlattenBackbone, OperatorCounter, ToyProblem, build, toy_problem
-from tests.statistical.linear_gaussian import averaged
 
 Z_CUT, Z_CUT_OF_MANY = 4.892, 6.5
 PRIOR_SCALE, PRIOR_BIAS_SCALE = 0.6, 1.5

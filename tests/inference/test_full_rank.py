@@ -20,12 +20,12 @@ from bayesnet.inference.base import Family, Parts
 from bayesnet.inference.full_rank import FullRank, FullRankGuide, FullRankWeight, start_at
 from bayesnet.inference.gaussian_weight import GaussianWeightPosterior, covariance_factor
 from bayesnet.inference.mean_field import MeanField
+from bayesnet.selftest.linear_gaussian import regressions
+from bayesnet.selftest.recovery import recovery
 from bayesnet.testing import CHECKS, FlattenBackbone, build, check_draws_match_moments, toy_problem, train_toy
 from bayesnet.types import LogitGaussian
 from tests.inference import gaussian_cases as cases
 from tests.inference.gaussian_cases import Case
-from tests.statistical.linear_gaussian import regressions
-from tests.statistical.test_recovery import recovery
 
 FAMILY = full_rank.FAMILY
 

@@ -21,6 +21,7 @@ from bayesnet.inference.laplace_evidence import best_precision, log_evidence, nu
 from bayesnet.inference.laplace_predictive import bridge, probit
 from bayesnet.inference.laplace_structures import STRUCTURES, StructureName
 from bayesnet.model import linear_logits
+from bayesnet.selftest.linear_gaussian import NOISE_SCALE, regressions
 from bayesnet.testing import FlattenBackbone, OperatorCounter, ToyProblem, build, train_toy
 from bayesnet.types import LogitGaussian
 from tests.inference.laplace_cases import (
@@ -34,7 +35,6 @@ from tests.inference.laplace_cases import (
     prior_fit,
     trained,
 )
-from tests.statistical.linear_gaussian import NOISE_SCALE, regressions
 
 # The objective.
 

@@ -17,12 +17,12 @@ from bayesnet.inference import low_rank
 from bayesnet.inference.base import Family, Parts
 from bayesnet.inference.gaussian_weight import GaussianWeightPosterior
 from bayesnet.inference.low_rank import LowRankConfig, LowRankGuide, LowRankWeight
+from bayesnet.selftest.linear_gaussian import regressions
+from bayesnet.selftest.recovery import recovery
 from bayesnet.testing import CHECKS, FlattenBackbone, build
 from bayesnet.types import LogitGaussian
 from tests.inference import gaussian_cases as cases
 from tests.inference.gaussian_cases import Case
-from tests.statistical.linear_gaussian import regressions
-from tests.statistical.test_recovery import recovery
 
 FAMILY = low_rank.FAMILY
 

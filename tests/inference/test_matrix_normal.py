@@ -24,10 +24,10 @@ from bayesnet.inference.base import Family, GaussianHeadPosterior, Parts
 from bayesnet.inference.gaussian_weight import GaussianWeightPosterior
 from bayesnet.inference.matrix_normal import MatrixNormal, MatrixNormalConfig, MatrixNormalGuide, MatrixNormalWeight
 from bayesnet.model import LABEL, WEIGHT
+from bayesnet.selftest.linear_gaussian import NOISE_SCALE
 from bayesnet.testing import CHECKS, FlattenBackbone
 from tests.inference import gaussian_cases as cases
 from tests.inference.gaussian_cases import Case
-from tests.statistical.linear_gaussian import NOISE_SCALE
 
 FAMILY = matrix_normal.FAMILY
 

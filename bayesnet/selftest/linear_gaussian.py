@@ -1,4 +1,10 @@
-"""Linear-Gaussian regressions, whose posterior and evidence are known: one Pyro program for many data sets."""
+"""Linear-Gaussian regressions, whose posterior and evidence are known: one Pyro program for many data sets.
+
+    w ~ N(0, I),    y ~ N(X w, 0.5^2 I);    posterior: precision I + X^T X / 0.5^2, mean covariance @ X^T y / 0.5^2
+
+R data sets that share their features are one regression with R outputs. Its posterior is matrix normal: the weights of
+all outputs have the same covariance and are independent.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +62,7 @@ class Regressions(NamedTuple):
         return dist.MultivariateNormal(mean, precision_matrix=precision)
 
     def log_evidence(self) -> Tensor:
-        """Return log p(y) of each data set (R,), from the marginal of y."""
+        """Return log p(y) of each data set (R,), nats, from the marginal of y."""
         num_examples = self.y_RN.shape[1]
         covariance = self.x_RND @ self.x_RND.mT + NOISE_SCALE**2 * torch.eye(num_examples).double()
         evidence: Tensor = dist.MultivariateNormal(torch.zeros(num_examples).double(), covariance).log_prob(self.y_RN)
@@ -83,14 +89,26 @@ def averaged(program: Program, num_particles: int) -> Program:
     return run
 
 
-def regressions(num_sets: int, num_examples: int = 30, dimension: int = 3, *, seed: int = 1) -> Regressions:
-    """Return data sets drawn from the model, with features that are correlated to different degrees."""
+def regressions(
+    num_sets: int, num_examples: int = 30, dimension: int = 3, *, seed: int = 1, shared_features: bool = False
+) -> Regressions:
+    """Return data sets drawn from the model, with features that are correlated to different degrees.
+
+    Args:
+        num_sets: R.
+        num_examples: N.
+        dimension: D.
+        seed: Of all that is drawn.
+        shared_features: Whether all have the features of the first.
+    """
     generator = torch.Generator().manual_seed(seed)
     x_RND = torch.randn(num_sets, num_examples, dimension, generator=generator, dtype=torch.float64)
     mixing_RDD = torch.eye(dimension).double() + 0.15 * torch.randn(
         num_sets, dimension, dimension, generator=generator, dtype=torch.float64
     )
     x_RND = x_RND @ mixing_RDD
+    if shared_features:
+        x_RND = x_RND[:1].expand(num_sets, -1, -1)
     w_RD = torch.randn(num_sets, dimension, generator=generator, dtype=torch.float64)
     noise_RN = torch.randn(num_sets, num_examples, generator=generator, dtype=torch.float64)
     return Regressions(x_RND, (x_RND @ w_RD[..., None])[..., 0] + NOISE_SCALE * noise_RN)

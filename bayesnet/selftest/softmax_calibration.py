@@ -1,0 +1,221 @@
+r"""T10: simulation-based calibration of softmax heads, whose posterior no family has: a report, and a gate on it.
+
+    w ~ Normal(0, I), 3 classes, 2 features;  20 labels from softmax(W [f; 1]);  1,000 data sets, each fitted
+
+Of the nine weights: the sd of z = (truth - mean) / sd over the posterior's 999 draws, 1 where calibrated; the coverage
+of central 80 and 95 % intervals. Of one new image each: Spiegelhalter's z of its predicted probabilities,
+sum (p_y - sum_k p_k^2) / sqrt(sum var p_y), negative where predictions are overconfident (simulated_predictions.py).
+
+TABLE
+
+Gate, since none of this has a right answer: each figure against its frozen one, in standard errors. Those of z and
+coverage treat a data set, not a weight, as the independent unit; coverage through the exact binomial interval
+(Clopper-Pearson, with the effective number of trials of Korn and Graubard 1998) that just reaches the frozen figure. At
+seed 0 the data are those of the frozen run, only code and rounding can move a figure, and the gate is 3 standard errors.
+Any other seed compares two independent runs: false alarm 1e-6 for all figures of a check together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
+
+from bayesnet.inference.mean_field import MeanFieldGuide
+from bayesnet.predictive import summarize
+from bayesnet.selftest.base import Check, Fault, Findings, Outcome
+from bayesnet.selftest.faults import LABELS_ROLLED, NOISE_TIMES_07
+from bayesnet.selftest.fitted import KL_TWICE, PRIOR_TWICE_AS_WIDE
+from bayesnet.selftest.many_heads import SoftmaxProblems, fit_each, softmax_problems
+from bayesnet.selftest.seeding import seeded
+from bayesnet.selftest.simulated_predictions import spiegelhalter
+from bayesnet.selftest.simulated_ranks import ALPHA, NUM_DRAWS, Array, clopper_pearson, exact_score
+
+NUM_SETS, NUM_SMOKE_SETS = 1000, 200
+GATE = 3.0
+LEVELS = (0.8, 0.95)
+
+
+class Frozen(NamedTuple):
+    """The figures of the run at seed 0 with 1,000 data sets."""
+
+    z_sd: float
+    coverage80: float
+    coverage95: float
+    prediction_z: float
+
+
+class Case(NamedTuple):
+    """A family to fit.
+
+    Attributes:
+        frozen: What was measured.
+        settings: Fields of its configuration that are not the defaults.
+        num_steps: Of Adam.
+        repeats: Draws of the noise per example and step; families on a deterministic loss need one.
+    """
+
+    frozen: Frozen
+    settings: Mapping[str, Any] = {}
+    num_steps: int = 500
+    repeats: int = 8
+
+
+CASES: dict[str, Case] = {
+    "mean_field": Case(Frozen(1, 1, 1, 0)),
+    "matrix_normal": Case(Frozen(1, 1, 1, 0)),
+    "low_rank": Case(Frozen(1, 1, 1, 0), {"rank": 2}, num_steps=1500),
+    "full_rank": Case(Frozen(1, 1, 1, 0)),
+    "vbll": Case(Frozen(1, 1, 1, 0), repeats=1),
+    "vbll, dense": Case(Frozen(1, 1, 1, 0), {"covariance": "dense"}, repeats=1),
+    "laplace": Case(Frozen(1, 1, 1, 0), repeats=1),
+    "laplace, diagonal": Case(Frozen(1, 1, 1, 0), {"structure": "diagonal"}, repeats=1),
+    "laplace, full": Case(Frozen(1, 1, 1, 0), {"structure": "full"}, repeats=1),
+}
+"""By family; after a comma, a variant that is not the table's."""
+
+
+class Calibration(NamedTuple):
+    """What R fits say of the weights and labels that they were not told.
+
+    Attributes:
+        squares_R: Mean over the weights of z^2.
+        covered: By level, the share of the weights inside their interval (R,).
+        probability_RK: Predictions for the new images.
+        y_R: Their labels.
+    """
+
+    squares_R: Array
+    covered: dict[float, Array]
+    probability_RK: Array
+    y_R: NDArray[np.int64]
+
+    def figures(self) -> Frozen:
+        """Return what is frozen."""
+        coverage80, coverage95 = (float(self.covered[level].mean()) for level in LEVELS)
+        prediction_z = spiegelhalter(self.probability_RK, self.y_R)
+        return Frozen(math.sqrt(self.squares_R.mean()), coverage80, coverage95, prediction_z)
+
+    def effective_trials(self, level: float) -> float:
+        """Return how many independent trials estimate the coverage as well: R to 9 R."""
+        share_R = self.covered[level]
+        variance = share_R.var(ddof=1) / len(share_R)
+        mean = share_R.mean()
+        return float(mean * (1 - mean) / variance) if variance > 0 else float(len(share_R))
+
+    def coverage_interval(self, level: float) -> tuple[float, float]:
+        """Return the exact 95 % interval of the coverage."""
+        trials = self.effective_trials(level)
+        return clopper_pearson(float(self.covered[level].mean()) * trials, trials)
+
+    def distances(self, frozen: Frozen) -> dict[str, float]:
+        """Return how far each figure is from the frozen one, in standard errors."""
+        found = self.figures()
+        error = self.squares_R.std(ddof=1) / math.sqrt(len(self.squares_R)) / (2 * found.z_sd)
+        distances = {"sd of z": abs(found.z_sd - frozen.z_sd) / error}
+        for level, value, expected in zip(LEVELS, found[1:3], frozen[1:3], strict=True):
+            trials = self.effective_trials(level)
+            distances[f"coverage of {level:.0%} intervals"] = exact_score(value * trials, trials, expected)
+        return distances
+
+
+def calibration(name: str, problems: SoftmaxProblems, seed: int) -> Calibration:
+    """Fit a family to all problems and compare with the truth.
+
+    Args:
+        name: A key of CASES.
+        problems: The data.
+        seed: Of fits and draws.
+    """
+    case, family = CASES[name], name.partition(",")[0]
+    squares: list[float] = []
+    covered: dict[float, list[float]] = {level: [] for level in LEVELS}
+    probabilities: list[Array] = []
+    with seeded(seed):
+        posteriors = fit_each(
+            family, problems, case.settings, num_steps=case.num_steps, repeats=case.repeats, seed=seed
+        )
+        for index, posterior in enumerate(posteriors):
+            with torch.no_grad():
+                draws_LP = posterior.head.sample(NUM_DRAWS).double().flatten(1)
+                logits_SBK = posterior.predict_draws(problems.new_R1D[index], 256)
+            truth_P = problems.weight_RKD[index].double().flatten()
+            z_P = (truth_P - draws_LP.mean(0)) / draws_LP.std(0)
+            squares.append(float(z_P.square().mean()))
+            rank_P = (draws_LP < truth_P).sum(0)
+            for level in LEVELS:
+                covered[level].append(float(_central(rank_P, level).double().mean()))
+            probabilities.append(summarize(logits_SBK.double().log_softmax(-1), 0.9).probability_BK[0])
+    shares = {level: np.array(values) for level, values in covered.items()}
+    return Calibration(np.array(squares), shares, np.stack(probabilities), problems.new_y_R.numpy().astype(np.int64))
+
+
+def _central(rank: Tensor, level: float) -> Tensor:
+    """Return whether ranks 0 ... 999 are among the central ones: exactly a share ``level`` of them are."""
+    tail = round((NUM_DRAWS + 1) * (1 - level) / 2)
+    return (rank >= tail) & (rank <= NUM_DRAWS - tail)
+
+
+def problems_of(num_sets: int, seed: int) -> SoftmaxProblems:
+    """Return the problems; the first of more are not those of fewer."""
+    return softmax_problems(num_sets, num_examples=20, num_features=2, num_classes=3, seed=seed)
+
+
+def check_families(seed: int, names: tuple[str, ...] = tuple(CASES), num_sets: int = NUM_SETS) -> Findings:
+    """Calibrate families and compare with what is frozen."""
+    problems = problems_of(num_sets, seed)
+    outcomes, rows = [], {}
+    num_figures = 4 * len(names)
+    # Two independent runs differ by the root of the sum of their variances.
+    same_data = seed == 0 and num_sets == NUM_SETS
+    share = 1 + num_sets / NUM_SETS
+    bound = GATE if same_data else float(stats.norm.isf(ALPHA / num_figures / 2)) * math.sqrt(share)
+    for name in names:
+        found, frozen = calibration(name, problems, seed), CASES[name].frozen
+        distances = found.distances(frozen)
+        moved = abs(found.figures().prediction_z - math.sqrt(num_sets / NUM_SETS) * frozen.prediction_z)
+        distances["z of predictions"] = moved
+        worst = max(distances, key=lambda key: math.inf if math.isnan(distances[key]) else distances[key])
+        what = f"{name}: distance from frozen figures in standard errors, worst of 4 ({worst})"
+        outcomes.append(Outcome(what, distances[worst], bound))
+        if "," not in name:
+            z_sd, coverage80, coverage95, _ = found.figures()
+            rows[name] = {"sbc_z_sd": z_sd, "coverage80": coverage80, "coverage95": coverage95}
+    return Findings(outcomes, rows)
+
+
+def check_smoke(seed: int) -> Findings:
+    """Calibrate the mean-field head on fewer data sets; its row of the table is that of the full check."""
+    return check_families(seed, ("mean_field",), NUM_SMOKE_SETS)._replace(families={})
+
+
+def _draws(change: Callable[[Tensor], Tensor]) -> AbstractContextManager[object]:
+    """Put the draws of the mean-field head through a function."""
+    original = MeanFieldGuide.sample
+    return mock.patch.object(MeanFieldGuide, "sample", lambda self, size: change(original(self, size)))
+
+
+def _narrowed(weight_SKD: Tensor) -> Tensor:
+    return weight_SKD.mean(0) + 0.8 * (weight_SKD - weight_SKD.mean(0))
+
+
+NARROW = Fault("posterior sd x 0.8 in draws of mean_field", lambda: _draws(_narrowed))
+REUSED = Fault("particle reused", lambda: _draws(lambda draws: draws[:1].expand_as(draws)))
+
+CHECKS: tuple[Check, ...] = (
+    Check(
+        "T10",
+        "calibration of a mean-field softmax head, 200 data sets",
+        check_smoke,
+        (NARROW, REUSED, NOISE_TIMES_07, KL_TWICE, PRIOR_TWICE_AS_WIDE, LABELS_ROLLED),
+    ),
+    Check("T10", "calibration of softmax heads, by family", check_families, (NARROW,), full=True),
+)
