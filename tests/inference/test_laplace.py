@@ -59,11 +59,6 @@ def fitted_at_once(**settings: Any) -> Family:  # noqa: ANN401 - LaplaceConfig's
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_the_family_conforms(check: Check) -> None:
-    check(laplace.FAMILY)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("structure", list(STRUCTURES))
 def test_the_finalized_family_conforms(structure: StructureName, check: Check) -> None:
     check(fitted_at_once(structure=structure, prior="marginal_likelihood"))

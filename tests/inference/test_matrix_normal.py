@@ -7,7 +7,6 @@ fixed, and its bounds are 0.1 sd of a mean, 3 % of an sd, 0.03 of a correlation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 from unittest import mock
 
@@ -20,12 +19,12 @@ from torch import Tensor
 from bayesnet import elbo
 from bayesnet.errors import ConfigError
 from bayesnet.inference import matrix_normal
-from bayesnet.inference.base import Family, GaussianHeadPosterior, Parts
+from bayesnet.inference.base import GaussianHeadPosterior, Parts
 from bayesnet.inference.gaussian_weight import GaussianWeightPosterior
 from bayesnet.inference.matrix_normal import MatrixNormal, MatrixNormalConfig, MatrixNormalGuide, MatrixNormalWeight
 from bayesnet.model import LABEL, WEIGHT
 from bayesnet.selftest.linear_gaussian import NOISE_SCALE
-from bayesnet.testing import CHECKS, FlattenBackbone
+from bayesnet.testing import FlattenBackbone
 from tests.inference import gaussian_cases as cases
 from tests.inference.gaussian_cases import Case
 
@@ -54,11 +53,6 @@ def dense(built: GaussianWeightPosterior) -> Tensor:
 
 
 CASE = Case(FAMILY, dense)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_conforms(check: Callable[[Family], None]) -> None:
-    check(FAMILY)
 
 
 def test_it_is_the_gaussian_of_its_covariance() -> None:
@@ -183,13 +177,12 @@ def is_recovered(target: dist.MultivariateNormal, loc_n: Tensor, covariance_nn: 
     )
 
 
-@pytest.mark.parametrize(("correlated", "num_steps"), [("features", 1000), ("noise", 400)])
-def test_it_recovers_an_exact_posterior(correlated: str, num_steps: int) -> None:
+def test_it_recovers_an_exact_posterior() -> None:
     """Worst of 12 weights: a mean by 0.01 sd, an sd by 0.9 %, a correlation by 0.008."""
-    problem = regression(correlated=correlated)
+    problem = regression(correlated="noise")
     torch.manual_seed(0)
     guide = MatrixNormalGuide(torch.ones(3, 4).double(), 0.2).double()
-    cases.fit(problem.program, guide, problem.x_ND, problem.y_NK, num_steps=num_steps)
+    cases.fit(problem.program, guide, problem.x_ND, problem.y_NK, num_steps=400)
     target, loc_n, found = problem.posterior(), guide.loc.detach().flatten(), covariance(guide)
     assert is_recovered(target, loc_n, found)
     assert not is_recovered(target, loc_n, found.diagonal().diag()), "the problem does not tell correlations"

@@ -26,7 +26,6 @@ from bayesnet.inference.nuts import FAMILY, Nuts, NutsConfig, StoredDraws, cost,
 from bayesnet.inference.nuts_sampler import Chains, Diagnostics, HeadTarget, diagnose, run_chains, sample_head
 from bayesnet.model import WEIGHT, BayesianHead, PriorName
 from bayesnet.testing import (
-    CHECKS,
     FlattenBackbone,
     OperatorCounter,
     build,
@@ -59,11 +58,6 @@ def quick(config: NutsConfig = QUICK, *, table_seed: int = 0) -> Nuts:
 
 def batches(size: int = 60) -> list[tuple[Tensor, Tensor]]:
     return list(zip(PROBLEM.x_NCHW.split(size), PROBLEM.y_N.split(size), strict=True))
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_the_family_conforms(check: Callable[[Family], None]) -> None:
-    check(FAMILY)
 
 
 class KLPerBatch(Nuts):

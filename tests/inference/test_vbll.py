@@ -47,7 +47,7 @@ def with_covariance(covariance: str) -> Family:
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("covariance", COVARIANCES)
+@pytest.mark.parametrize("covariance", ["dense"])
 def test_conforms(covariance: str, check: Callable[[Family], None]) -> None:
     check(with_covariance(covariance))
 
