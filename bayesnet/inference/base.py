@@ -235,6 +235,18 @@ class FamilyConfig(Protocol):
     family: str
 
 
+class Start(NamedTuple):
+    """Another family at whose optimum a family's training starts.
+
+    Attributes:
+        family: Its name. It is trained first, with the settings that the two have in common.
+        load: Makes an untrained posterior of this family the same distribution as a trained one of the other.
+    """
+
+    family: str
+    load: Callable[[Posterior, Posterior], None]
+
+
 class Family(NamedTuple):
     """A row of the table FAMILIES.
 
@@ -246,6 +258,7 @@ class Family(NamedTuple):
             ``build`` made.
         description: One line for lists.
         bayesian: Whether it has more than one draw.
+        start: Where training starts, unless the settings have ``start = "scratch"``.
     """
 
     name: str
@@ -254,6 +267,7 @@ class Family(NamedTuple):
     finalize: Callable[[Posterior, Batches], None]
     description: str
     bayesian: bool = True
+    start: Start | None = None
 
 
 def no_finalize(posterior: Posterior, batches: Batches) -> None:

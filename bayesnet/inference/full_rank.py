@@ -7,7 +7,7 @@ r"""Full-rank Gaussian posterior over the last layer: every pair of weights has 
 Per image, the K x K covariance has a Cholesky factor, through which both the local estimator and the predictions draw.
 Its diagonal is raised by a factor of 1 + 100 eps (12 parts in a million in float32): rounding in G G^T could otherwise
 make a nearly singular matrix indefinite, and the check for that would wait for the device.
-`start_at` begins at a mean-field posterior, whose bound this one can then only improve.
+Training starts at the mean-field optimum (`start_at`), whose bound this one can then only improve.
 
 Assumptions: the posterior is Gaussian; the prior is normal; the backbone is a point estimate, trained jointly on the
 same bound.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesnet.config import require
-from bayesnet.inference.base import Family, Parts, Posterior, no_finalize
+from bayesnet.inference.base import Family, Parts, Posterior, Start, no_finalize
 from bayesnet.inference.gaussian_weight import (
     GaussianWeight,
     GaussianWeightPosterior,
@@ -58,6 +58,7 @@ class FullRankConfig:
         learn_prior: Whether the weights' prior standard deviation is learned with the posterior (closed-form EM).
         prior_scale_floor: Lowest prior standard deviation that can be learned.
         initial_scale: Posterior standard deviation at the start, as a fraction of the prior's.
+        start: "mean_field" trains the mean-field posterior first and starts at its optimum; "scratch" does not.
         estimator: "local" samples logits per image, "weight" one weight per batch; same mean.
     """
 
@@ -67,6 +68,7 @@ class FullRankConfig:
     learn_prior: bool = False
     prior_scale_floor: float = 0.01
     initial_scale: float = 0.2
+    start: Literal["mean_field", "scratch"] = "mean_field"
     estimator: Literal["local", "weight"] = "local"
 
     def __post_init__(self) -> None:
@@ -167,17 +169,20 @@ class FullRank(GaussianWeightPosterior):
 
 
 @torch.no_grad()
-def start_at(posterior: FullRank, mean_field: MeanField) -> None:
+def start_at(posterior: Posterior, mean_field: Posterior) -> None:
     """Make a full-rank posterior the mean-field one: backbone, means and scales, no correlation; the same bound.
 
     Raises:
         ConfigError: The two are over different weights or have different priors.
     """
+    if not isinstance(posterior, FullRank) or not isinstance(mean_field, MeanField):
+        raise TypeError("expected a full-rank and a mean-field posterior")
     own, other = posterior.model.head, mean_field.model.head
     same_shape = own.prior_scale.shape == other.prior_scale.shape
     where = f"weights {tuple(own.prior_scale.shape)} and {tuple(other.prior_scale.shape)}"
     require(same_shape, "the mean-field posterior is over another head", where=where)
-    same_prior = mean_field.prior_is_normal and torch.equal(own.prior_scale, other.prior_scale)
+    learned = posterior.learned_prior is not None  # then this one goes on learning where the other one ended
+    same_prior = mean_field.prior_is_normal and (learned or torch.equal(own.prior_scale, other.prior_scale))
     hint = "give both families the same normal prior"
     require(same_prior, "the mean-field posterior has another prior", where="inference.prior", hint=hint)
     posterior.model.load_state_dict(mean_field.model.state_dict())
@@ -197,4 +202,5 @@ FAMILY = Family(
     build=build,
     finalize=no_finalize,
     description="one Gaussian with every covariance of the last layer's weights",
+    start=Start("mean_field", start_at),
 )

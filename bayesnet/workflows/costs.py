@@ -15,6 +15,7 @@ from bayesnet.inference.base import FinalizeCost, Posterior
 from bayesnet.optim import OptimizerFactory, build_optimizers
 from bayesnet.settings import Settings
 from bayesnet.types import JsonObject
+from bayesnet.workflows.starting import start_of
 
 COPIES = 3
 """Further copies of what is trained: gradient and two moments (Adam); other optimizers have fewer."""
@@ -86,13 +87,13 @@ def count_cost(posterior: Posterior, settings: Settings, num_images: int) -> Cos
     """
     trained = [parameter for parameter in posterior.members()[0].parameters() if parameter.requires_grad]
     stored = sum(tensor.nbytes for tensor in posterior.state_dict().values())
-    steps_per_epoch = -(-num_images // settings.training.batch_size)
+    rounds = len(posterior.members()) + (start_of(settings) is not None)
     return Cost(
         num_trained=sum(parameter.numel() for parameter in trained),
         stored_bytes=stored,
         training_bytes=stored + COPIES * sum(parameter.nbytes for parameter in trained),
         step_seconds=0.0,
-        num_steps=len(posterior.members()) * settings.training.epochs * steps_per_epoch,
+        num_steps=rounds * settings.training.epochs * -(-num_images // settings.training.batch_size),
         finalize=posterior.finalize_cost(),
     )
 

@@ -78,8 +78,8 @@ class Slot(NamedTuple):
     """Which part of which model is trained, and where its checkpoints go.
 
     Attributes:
-        label: What tells its lines in metrics.jsonl and its checkpoints from those of others: ``model``, and ``member``
-            or ``fold``.
+        label: What tells its lines in metrics.jsonl and its checkpoints from those of others: ``model`` and
+            ``member``, ``fold`` or ``start``.
         directory: Of its checkpoints.
         seed: Of initial order, augmentation and posterior noise.
     """
@@ -210,7 +210,7 @@ def model_metadata(name: str, settings: Settings, data: ImageData, num_examples:
 
 def _check_same_run(checkpoint: Checkpoint, metadata: JsonObject) -> None:
     """Raise CheckpointError where a checkpoint was made under other settings or from other data."""
-    for key in ("model", "member", "fold", "settings", "classes", "preprocessing", "fingerprint", "features"):
+    for key in ("model", "member", "fold", "start", "settings", "classes", "preprocessing", "fingerprint", "features"):
         if strict_json.json_ready(metadata.get(key)) != checkpoint.state.get(key):
             hint = "restore the run's config.toml, or train again"
             raise CheckpointError(f"the checkpoint was made with other {key}", where=checkpoint.path, hint=hint)
@@ -219,7 +219,9 @@ def _check_same_run(checkpoint: Checkpoint, metadata: JsonObject) -> None:
 def _restore_metrics(run: RunDirectory, label: JsonObject, progress: Progress) -> None:
     """Make metrics.jsonl agree with the checkpoint, which is the truth: a kill may fall between the two writes."""
     lines = run.read_metrics() if run.metrics.exists() else []
-    others = [line for line in lines if any(line.get(key) != label.get(key) for key in ("model", "member", "fold"))]
+    others = [
+        line for line in lines if any(line.get(key) != label.get(key) for key in ("model", "member", "fold", "start"))
+    ]
     storage.write_lines(run.metrics, others + [label | report._asdict() for report in progress.reports])
 
 

@@ -34,6 +34,7 @@ from bayesnet.types import JsonObject
 from bayesnet.workflows.finalizing import finalize_posterior, has_finalize
 from bayesnet.workflows.fitting import RunContext, Slot, commit_whole, fit_part, make_model_directory
 from bayesnet.workflows.head_features import backbone_of, feature_data
+from bayesnet.workflows.starting import fit_start
 from bayesnet.workflows.trained import UserCode, load_model, new_posterior, source_model
 
 
@@ -80,14 +81,19 @@ def fit_head(
     source = _source(settings, context, num_examples, twin)
     make_model_directory(run, name)
     standardized, features = feature_data(name, settings, context, source.backbone)
-    posterior = on_features(settings, standardized.num_features, len(data.classes), num_examples, context.user)
     feature_context = context._replace(data=features, workers=0)
+    plain = Augmentation()  # the images were augmented before they became features
+
+    def build(other: Settings) -> Posterior:
+        return on_features(other, standardized.num_features, len(data.classes), num_examples, context.user)
+
+    posterior = build(settings)
+
     slot = Slot({"model": name}, run.model_checkpoints(name, "head"), settings.training.seed)
     described = metadata | {"features": source.identity}
-    fitted = fit_part(
-        posterior, slot, settings, feature_context, described, augmentation=Augmentation(), profile=profile
-    )
-    started = time.perf_counter()
+    first = fit_start(posterior, build, name, settings, feature_context, described, augmentation=plain)
+    fitted = fit_part(posterior, slot, settings, feature_context, described, augmentation=plain, profile=profile)
+    started = time.perf_counter() - first
     restore_model(posterior, load_checkpoint(fitted.chosen))
     if has_finalize(settings):
         listener.on_note(f"Finalizing {name} ({settings.inference.family}) on the stored features.")

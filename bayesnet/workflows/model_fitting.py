@@ -15,6 +15,7 @@ from bayesnet.types import JsonObject
 from bayesnet.workflows.finalizing import finalize_posterior, has_finalize
 from bayesnet.workflows.fitting import RunContext, Slot, commit_whole, fit_part, make_model_directory, model_metadata
 from bayesnet.workflows.head_fitting import fit_head
+from bayesnet.workflows.starting import fit_start, with_start
 from bayesnet.workflows.trained import new_posterior
 
 
@@ -62,6 +63,12 @@ def _fit_jointly(
 ) -> FitResult:
     """Train member after member, finalize the whole where its family does, and commit it."""
     posterior, directories = _members(name, settings, context, num_examples)
+    data = context.data
+
+    def build(other: Settings) -> Posterior:
+        return new_posterior(other, data.preprocessing, len(data.classes), num_examples, context.user)
+
+    first = fit_start(posterior, build, name, settings, context, metadata)
     fits, num_members = [], len(directories)
     for number, (member, directory) in enumerate(zip(posterior.members(), directories, strict=True), 1):
         label: JsonObject = {"model": name}
@@ -73,8 +80,8 @@ def _fit_jointly(
         trace = profile if number == num_members else None
         fits.append(fit_part(member, slot, settings, context, metadata, profile=trace))
     if directories == (context.run.model_checkpoints(name),):
-        return fits[0]
-    started = time.perf_counter()
+        return with_start(fits[0], first)
+    started = time.perf_counter() - first
     for member, fitted in zip(posterior.members(), fits, strict=True):
         restore_model(member, load_checkpoint(fitted.chosen))
     if has_finalize(settings):
