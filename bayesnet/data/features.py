@@ -19,6 +19,7 @@ class FeatureExamples(Examples):
         passes: Features (N, D) of augmented images, one tensor per pass; an epoch trains on one, in turn.
 
     Example:
+        >>> import torch
         >>> labels = torch.tensor([0, 1])
         >>> examples = FeatureExamples(torch.zeros(2, 3), labels, [torch.ones(2, 3), torch.full((2, 3), 2.0)])
         >>> [float(examples.for_epoch(0, epoch).read([0]).mean()) for epoch in range(3)]
