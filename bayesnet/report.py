@@ -106,6 +106,8 @@ def _notes(models: Mapping[str, Mapping[str, Any]]) -> str:
             effect = "confidence unchanged" if temperature == 1 else "lowered" if temperature > 1 else "raised"
             effect = effect if temperature == 1 else f"confidence {effect}"
             line += f"; temperature {temperature:.3f} ({effect})"
+        if model.get("posterior_temperature", 1) != 1:
+            line += f"; trained at posterior temperature {model['posterior_temperature']:g}"
         if after["num_infinite_nll"]:
             line += f"; NLL is infinite, as {after['num_infinite_nll']:d} true classes were given probability 0"
         if after["auroc_error"] is None:

@@ -60,6 +60,8 @@ def print_calibration(record: JsonObject) -> None:
     rows.append(["ECE if perfect", *(_interval(column["ece_null95"]) for column in columns)])
     table("test split, 95 % intervals in brackets", headers, rows)
     for name, model in record["models"].items():
+        if model["posterior_temperature"] != 1:
+            say(f"{name}: posterior temperature {model['posterior_temperature']:g} in training")
         if model["notice"]:
             say(f"{name}: {model['notice']}")
     conformal = record["conformal"]

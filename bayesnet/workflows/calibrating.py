@@ -175,6 +175,7 @@ def _model_record(frozen: _Frozen, tested: _Tested, labels_N: NDArray[np.int64])
     calibrator, threshold = frozen.calibrator, frozen.threshold
     return {
         "family": frozen.model.settings.inference.family,
+        "posterior_temperature": frozen.model.settings.training.temperature,
         "digest": frozen.model.digest,
         "calibrator": calibrator.to_json(),
         "temperature": calibrator.temperature if isinstance(calibrator, Temperature) else 1.0,

@@ -59,7 +59,7 @@ JSON_KEYS = {
             posterior_scale{ initial final } } }""",
     "calibrate": """
         run sentence report
-        models{ NAME{ family digest before{ EVALUATION } after{ EVALUATION } calibrator{ name temperature } temperature
+        models{ NAME{ family posterior_temperature digest before{ EVALUATION } after{ EVALUATION } calibrator{ name temperature } temperature
             notice threshold{ method alpha threshold num_calibration } conformal{ lac{ CONFORMAL } } } }
         differences{ nll{ difference ci95 } brier{ difference ci95 } accuracy{ difference ci95 } }
         conformal{ CONFORMAL }""",
