@@ -133,6 +133,10 @@ def build_settings(mapping: Mapping[str, Any]) -> Settings:
 def _check_head(settings: Settings) -> None:
     """Raise ConfigError where the head has no backbone to be fitted on."""
     if settings.head.mode == "joint":
+        for field in fields(HeadConfig):
+            value = getattr(settings.head, field.name)
+            where, hint = f"head.{field.name} = {value}", "give --mode head"
+            require(value == field.default, "only a head on stored features has it", where=where, hint=hint)
         return
     if settings.head.backbone == TWIN_BACKBONE:
         trained = settings.training.twin and settings.inference.family != TWIN

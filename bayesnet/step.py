@@ -73,6 +73,7 @@ def take_step(
     batch.clip(plan.clip_norm)
     for optimizer in optimizers:
         optimizer.step()
+    posterior.after_step()
     return loss
 
 

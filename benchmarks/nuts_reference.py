@@ -1,13 +1,13 @@
 """Long NUTS runs on small softmax heads: the reference draws that the self-test's T8 compares with.
 
-    python benchmarks/nuts_reference.py --out bayesnet/selftest/reference
+    python benchmarks/nuts_reference.py --out bayesnet/battery/reference
 
 Two problems of softmax regression, labels drawn from the model with standard normal weights: 3 classes and 4 features,
 10 classes and 8 features. Ten chains of 2,000 draws each; a run is refused unless every weight has a rank-normalised
 split R-hat below 1.01, an effective sample size above 4,000 and no draw diverged. Each file (below 300 kB) holds the
 problem, new images, their mean class probabilities and the weights' means and standard deviations over all draws
 (float64), and some of the draws, evenly thinned (float32). The script prints each file's SHA-256, without which
-bayesnet/selftest/stored_draws.py does not read it: paste them there. With --smoke, two chains of 20 draws, nothing
+bayesnet/battery/stored_draws.py does not read it: paste them there. With --smoke, two chains of 20 draws, nothing
 refused.
 """
 

@@ -11,9 +11,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from bayesnet.battery.base import Check
 from bayesnet.errors import StopRequest, printable
 from bayesnet.progress import EpochReport
-from bayesnet.selftest.base import Check
 from bayesnet.workflows import SelftestListener, TrainListener
 
 

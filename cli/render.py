@@ -12,8 +12,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from bayesnet.battery.base import FAMILY_COLUMNS
 from bayesnet.errors import printable
-from bayesnet.selftest.base import FAMILY_COLUMNS
 from bayesnet.types import JsonObject
 
 METRICS = {"accuracy": "accuracy", "nll": "NLL (nats)", "brier": "Brier", "ece": "ECE", "aurc": "AURC"}

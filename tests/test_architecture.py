@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bayesnet",),  # the public names, resolved on first use
     ("bayesnet.estimator",),
     ("bayesnet.workflows",),
-    ("bayesnet.selftest",),
+    ("bayesnet.battery",),
     ("bayesnet.settings", "bayesnet.report", "bayesnet.benchmark", "bayesnet.testing"),
     ("bayesnet.training",),
     ("bayesnet.batches", "bayesnet.profiling"),
@@ -50,7 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 DOORS: dict[str, tuple[str, ...]] = {
     "click": ("bayesnet_cli",),
     "rich": ("bayesnet_cli",),
-    "pyro": ("bayesnet.model", "bayesnet.elbo", "bayesnet.inference", "bayesnet.testing", "bayesnet.selftest"),
+    "pyro": ("bayesnet.model", "bayesnet.elbo", "bayesnet.inference", "bayesnet.testing", "bayesnet.battery"),
     "matplotlib": ("bayesnet.plots",),
     "PIL": ("bayesnet.data.images",),
     "safetensors": ("bayesnet.checkpoint", "bayesnet.weights"),
@@ -65,7 +65,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "bayesnet.step",
         "bayesnet.bsam",
         "bayesnet.inference.nuts_sampler",
-        "bayesnet.selftest",
+        "bayesnet.battery",
     ),
     "urllib.request": ("bayesnet.download",),
 }
@@ -203,7 +203,7 @@ def test_outside_packages_come_in_by_their_doors() -> None:
 
 def test_the_conformance_suite_is_for_tests_alone() -> None:
     users = {name for name in modules() for target, _ in imports(name) if target == "bayesnet.testing"}
-    assert all(name.startswith("bayesnet.selftest.") for name in users)
+    assert all(name.startswith("bayesnet.battery.") for name in users)
 
 
 def test_the_library_does_not_print() -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from bayesnet.battery.convergence import synthetic_chains
 from bayesnet.convergence import ess_bulk, ess_mean, mcse_mean, rhat
-from bayesnet.selftest.convergence import synthetic_chains
 
 Array = NDArray[np.float64]
 

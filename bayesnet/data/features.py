@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from bayesnet.data.examples import ArrayExamples, Examples
@@ -32,6 +34,13 @@ class FeatureExamples(Examples):
         self._plain = _examples(features_ND, labels_N)
         self._passes = [_examples(each_ND, labels_N) for each_ND in passes]
         self.labels_N = labels_N
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all features, plain and of each pass: which backbone made them, and from what."""
+        digest = hashlib.sha256()
+        for examples in (self._plain, *self._passes):
+            digest.update(examples.read(torch.arange(len(self))).numpy().tobytes())
+        return digest.hexdigest()
 
     def read(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Return features (B, 1, 1, D) of the images as they are."""

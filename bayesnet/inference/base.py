@@ -73,6 +73,9 @@ class Posterior(nn.Module, ABC):
     max_draws: int | None = None
     """How many draws there are, for a finite posterior; None where any number can be had."""
 
+    finalize_epochs: int = 0
+    """Passes over the training images that the pass after training takes at the price of training."""
+
     @abstractmethod
     def loss(self, x_BCHW: Tensor, y: Tensor) -> Loss:
         """Return the training objective on a batch of normalised images (B, C, H, W).
@@ -105,6 +108,9 @@ class Posterior(nn.Module, ABC):
     def posterior_scale(self) -> Tensor | None:
         """Return the posterior standard deviations of the weights, any shape, or None for a point estimate."""
         return None
+
+    def after_step(self) -> None:
+        """Called after each optimisation step, for what is learned in closed form; must not wait for the device."""
 
     def facts(self) -> JsonObject:
         """Return what was found while fitting, for the user: a learned prior, whether chains converged; plain JSON."""
@@ -201,9 +207,9 @@ class GaussianHeadPosterior(HeadPosterior):
     def head(self) -> GaussianHead:
         """The Gaussian over the last layer."""
 
-    def update_prior(self) -> None:
-        """Move the prior towards its optimum for this posterior, in training, where a family learns it."""
-        scale_KD = self.posterior_scale() if self.training and self.learned_prior is not None else None
+    def after_step(self) -> None:
+        """Move the prior towards its optimum for this posterior, where the family learns it."""
+        scale_KD = None if self.learned_prior is None else self.posterior_scale()
         if scale_KD is not None and self.learned_prior is not None:
             self.learned_prior.update(self.model.head, self.head.loc, scale_KD)
 

@@ -212,7 +212,6 @@ class GaussianWeightPosterior(GaussianHeadPosterior):
 
     def loss_from_features(self, features_BD: Tensor, y: Tensor) -> Loss:
         """Return the negative ELBO per example by the chosen estimator."""
-        self.update_prior()
         if self.estimator == "weight":
             return weight_space_loss(self.model.head, self.guide, features_BD, y, self.num_examples)
         return self.local_loss(features_BD, y)

@@ -3,7 +3,7 @@ r"""Empirical Bayes for a normal prior: its standard deviation is learned with t
     E_q[log p(w | s)] is largest at s^2 = mean_kd E_q[w_kd^2] = mean_kd (loc_kd^2 + scale_kd^2)     over the weights
 
 That is the M step of EM, in closed form; the posterior's optimizer is its E step, and the ELBO at its fixed point is a
-stationary point of the ELBO in s, a bound on the marginal likelihood. Each training loss moves the variance a tenth of
+stationary point of the ELBO in s, a bound on the marginal likelihood. Each training step moves the variance a tenth of
 the way there, so that the first random weights do not decide; the fixed point is the same. The biases' prior stays: K
 numbers near 0 would teach it that they are 0. A floor keeps a head that explains nothing from ending at s = 0.
 
@@ -22,7 +22,7 @@ from bayesnet.model import BayesianHead
 from bayesnet.types import JsonObject
 
 RATE = 0.1
-"""How far a training loss moves the prior's variance towards its optimum, as a share."""
+"""How far a training step moves the prior's variance towards its optimum, as a share."""
 
 
 class LearnedPrior:

@@ -138,7 +138,6 @@ class MeanField(GaussianHeadPosterior):
 
     def loss_from_features(self, features_BD: Tensor, y: Tensor) -> Loss:
         """Return the negative ELBO per example by the chosen estimator."""
-        self.update_prior()
         if self.estimator == "weight":
             return weight_space_loss(self.model.head, self.guide, features_BD, y, self.num_examples)
         return local_loss(self.guide.logit_moments(features_BD), y, self.kl(), self.num_examples)

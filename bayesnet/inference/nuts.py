@@ -71,7 +71,8 @@ class NutsConfig:
             require(value >= least, f"must be at least {least}", where=f"inference.{name} = {value}")
         total = self.chains * self.draws
         where = f"inference.max_draws = {self.max_draws}"
-        require(self.max_draws <= total, f"must be at most chains x draws = {total}", where=where)
+        what, hint = f"must be at most chains x draws = {total}", f"set inference.max_draws = {total}, or draw more"
+        require(self.max_draws <= total, what, where=where, hint=hint)
 
 
 def cost(num_features: int, num_classes: int, num_examples: int, config: NutsConfig) -> FinalizeCost:

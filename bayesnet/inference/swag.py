@@ -106,6 +106,7 @@ class SwagNetwork(Posterior):
         # Training mode shows which layers are frozen: those stay in evaluation mode.
         self.network = nn.Sequential(OrderedDict(backbone=parts.backbone, head=head)).train()
         self.config, self._seed = config, parts.table_seed
+        self.finalize_epochs = config.epochs
         self._weights = {name: p.shape for name, p in self.network.named_parameters() if p.requires_grad}
         self._norms = tuple(
             name

@@ -166,7 +166,6 @@ class VBLL(GaussianHeadPosterior):
 
     def loss_from_features(self, features_BD: Tensor, y: Tensor) -> Loss:
         """Return the bound per example; nothing in it is random."""
-        self.update_prior()
         return bound_loss(self.guide.logit_moments(features_BD), y, self.kl(), self.num_examples)
 
     def kl(self) -> Tensor:

@@ -12,15 +12,17 @@ from torch import Tensor
 from bayesnet.benchmark import Ratio, Timing, measure, ratio
 from bayesnet.config import require
 from bayesnet.data import Preprocessing, load_data
+from bayesnet.data.features import feature_preprocessing
 from bayesnet.engine import Engine, resolve_devices
-from bayesnet.errors import CheckpointError
+from bayesnet.errors import CheckpointError, ConfigError
 from bayesnet.optim import build_optimizers
 from bayesnet.predictive import Predictor, summarize
 from bayesnet.rundir import RunDirectory, find_run
 from bayesnet.settings import Settings, build_settings, resolve_settings
 from bayesnet.types import JsonObject
 from bayesnet.workflows.environment import environment
-from bayesnet.workflows.trained import load_model, model_name, new_posterior, read_finished, trained_names
+from bayesnet.workflows.head_fitting import num_features_of, on_features
+from bayesnet.workflows.trained import NO_USER_CODE, load_model, model_name, new_posterior, read_finished, trained_names
 
 ROUNDS = 20
 NUM_INPUTS = 4
@@ -137,6 +139,9 @@ def _run_subjects(directory: RunDirectory) -> dict[str, _Subject]:
         model.name: _Subject(model.settings, model.preprocessing, len(model.classes), model.num_examples)
         for model in models
     }
+    if "deterministic" not in subjects:
+        hint = "train it with its twin (training.twin = true)"
+        raise ConfigError("the run has no twin to compare with", where=directory.path, hint=hint)
     twin = subjects["deterministic"]
     if "bayesian" not in subjects:
         mapping = twin.settings.to_mapping() | {"inference": resolve_settings(bayesian=True).to_mapping()["inference"]}
@@ -147,7 +152,12 @@ def _run_subjects(directory: RunDirectory) -> dict[str, _Subject]:
 def _train_arm(measured: _Measured, engine: Engine) -> Arm:
     """Return a function that takes one training step, the engine's own, on the next of a few rotated batches."""
     subject = measured.subject
-    posterior = new_posterior(*subject).to(engine.device).train()
+    posterior = new_posterior(*subject, load_weights=False)
+    if subject.settings.head.mode == "head":  # its steps are on features
+        num_features = num_features_of(posterior)
+        posterior = on_features(subject.settings, num_features, subject.num_classes, subject.num_examples, NO_USER_CODE)
+        subject = subject._replace(preprocessing=feature_preprocessing(num_features))
+    posterior = posterior.to(engine.device).train()
     optimizers = build_optimizers(posterior, subject.settings.optimizer, num_examples=subject.num_examples)
     generator = torch.Generator().manual_seed(0)
     inputs = [
@@ -160,7 +170,8 @@ def _train_arm(measured: _Measured, engine: Engine) -> Arm:
     calls = iter(range(10**9))
 
     def step() -> None:
-        engine.train_step(posterior, optimizers, *inputs[next(calls) % NUM_INPUTS])
+        x_BCHW, y_B = inputs[next(calls) % NUM_INPUTS]
+        engine.train_step(posterior, optimizers, x_BCHW, y_B, plan=subject.settings.training.plan)
 
     return step
 

@@ -29,7 +29,7 @@ class Cost(NamedTuple):
         stored_bytes: The model, and each checkpoint, without the optimizer.
         training_bytes: Model, gradient and optimizer; what the network computes for a batch comes to it.
         step_seconds: One training step on the largest batch.
-        num_steps: Of all epochs and members.
+        num_steps: Of all epochs and members, with what the pass after training takes of the kind.
         finalize: Of the pass after training.
     """
 
@@ -88,12 +88,13 @@ def count_cost(posterior: Posterior, settings: Settings, num_images: int) -> Cos
     trained = [parameter for parameter in posterior.members()[0].parameters() if parameter.requires_grad]
     stored = sum(tensor.nbytes for tensor in posterior.state_dict().values())
     rounds = len(posterior.members()) + (start_of(settings) is not None)
+    epochs = rounds * settings.training.epochs + posterior.finalize_epochs
     return Cost(
         num_trained=sum(parameter.numel() for parameter in trained),
         stored_bytes=stored,
         training_bytes=stored + COPIES * sum(parameter.nbytes for parameter in trained),
         step_seconds=0.0,
-        num_steps=rounds * settings.training.epochs * -(-num_images // settings.training.batch_size),
+        num_steps=epochs * -(-num_images // settings.training.batch_size),
         finalize=posterior.finalize_cost(),
     )
 

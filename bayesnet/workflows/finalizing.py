@@ -28,11 +28,12 @@ class TrainingImages:
         data: The data.
         settings: Of the model: batch size and workers.
         engine: Where the batches go.
+        workers: Another number of processes that read ahead than that of the settings.
     """
 
-    def __init__(self, data: ImageData, settings: Settings, engine: Engine) -> None:
+    def __init__(self, data: ImageData, settings: Settings, engine: Engine, workers: int | None = None) -> None:
         self.data, self.engine = data, engine
-        self.workers = settings.data.workers
+        self.workers = settings.data.workers if workers is None else workers
         self.bounds = batch_bounds(len(data.train), settings.training.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -50,7 +51,9 @@ def has_finalize(settings: Settings) -> bool:
     return FAMILIES[settings.inference.family].finalize is not no_finalize
 
 
-def finalize_posterior(posterior: Posterior, settings: Settings, data: ImageData, engine: Engine) -> None:
+def finalize_posterior(
+    posterior: Posterior, settings: Settings, data: ImageData, engine: Engine, *, workers: int | None = None
+) -> None:
     """Run the family's pass over the training images, in place; it leaves the posterior in evaluation mode.
 
     Args:
@@ -58,6 +61,7 @@ def finalize_posterior(posterior: Posterior, settings: Settings, data: ImageData
         settings: Of the model.
         data: Its training split is read.
         engine: Where to run.
+        workers: Processes that read ahead; None takes those of the settings.
 
     Raises:
         DivergedError: A tensor of the posterior is not finite afterwards.
@@ -66,7 +70,7 @@ def finalize_posterior(posterior: Posterior, settings: Settings, data: ImageData
     # The caller's random state is left as it was: finalizing is a function of the seed.
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
         torch.manual_seed(settings.training.seed)
-        FAMILIES[settings.inference.family].finalize(posterior, TrainingImages(data, settings, engine))
+        FAMILIES[settings.inference.family].finalize(posterior, TrainingImages(data, settings, engine, workers))
     posterior.eval()
     name = first_non_finite(posterior.state_dict())
     if name is not None:

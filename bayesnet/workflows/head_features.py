@@ -2,7 +2,8 @@
 
 Cross-fitting: for each of F folds a backbone is trained on the other folds, and the fold's images get the features of
 the backbone that has not seen them. Backbones trained apart have features of their own, so these are mapped onto the
-twin's by least squares on the images that both have seen. What the map leaves unexplained is lost, and reported.
+twin's by ridge regression on the images that both have seen. What the map leaves unexplained, of images left out of it,
+is lost, and reported.
 Reference: Chernozhukov et al. 2018, "Double/debiased machine learning for treatment and structural parameters".
 """
 
@@ -23,6 +24,7 @@ from bayesnet.data.augment import Augmentation, augment, epoch_draws
 from bayesnet.data.examples import SubsetExamples
 from bayesnet.data.features import FeatureExamples, feature_preprocessing
 from bayesnet.data.loading import read_batches
+from bayesnet.data.sampling import effective_size
 from bayesnet.data.splits import stratified_split
 from bayesnet.errors import CheckpointError, ConfigError
 from bayesnet.inference.base import Posterior
@@ -35,15 +37,23 @@ from bayesnet.workflows.trained import new_posterior
 MAX_MEMORY_SHARE = 0.5
 """Most of the machine's memory that stored features may take."""
 
+COPIES = 3
+"""Copies of the features that are in memory at once while they are standardised and mapped."""
+
+PENALTIES = tuple(10.0**exponent for exponent in range(-8, 3))
+"""Of the ridge regression between features, in units of their mean squared singular value."""
+
 
 def backbone_of(posterior: Posterior) -> nn.Module:
-    """Return the backbone of a posterior, frozen and in evaluation mode.
+    """Return the backbone of a posterior, without a standardisation of its own, frozen and in evaluation mode.
 
     Raises:
         CheckpointError: It has none, or several.
     """
     owner = getattr(posterior, "model", posterior)
     backbone = getattr(owner, "backbone", None)
+    if isinstance(backbone, StandardizedFeatures):
+        backbone = backbone.backbone
     if not isinstance(backbone, nn.Module):
         raise CheckpointError("the model has no single backbone to lend", where=type(posterior).__name__)
     return backbone.requires_grad_(requires_grad=False).eval()
@@ -65,7 +75,6 @@ def feature_data(
     """
     data, head = context.data, settings.head
     standardized = StandardizedFeatures(backbone).to(context.engine.device).eval()
-    check_memory(len(data.train) + len(data.validation), standardized.num_features, head.augmented_passes)
     augmentation = None if head.augmented_passes == 0 else Augmentation.from_config(settings.data)
     if head.folds:
         versions = _cross_fitted(name, settings, context, standardized, augmentation)
@@ -85,6 +94,14 @@ def feature_data(
     examples = FeatureExamples(train, data.train.labels_N, passes)
     preprocessing = feature_preprocessing(standardized.num_features)
     return standardized, data._replace(preprocessing=preprocessing, train=examples, validation=validation)
+
+
+def feature_digest(features: ImageData) -> str:
+    """Return the SHA-256 of training features: it tells another backbone, other folds and other augmentation."""
+    train = features.train
+    if not isinstance(train, FeatureExamples):
+        raise TypeError(f"not stored features: {type(train).__name__}")
+    return train.digest()
 
 
 @torch.no_grad()
@@ -143,15 +160,19 @@ def compute_features(
     return torch.cat(parts)
 
 
-def check_memory(num_images: int, num_features: int, num_passes: int) -> None:
-    """Raise ConfigError where stored features would take more than half of the machine's memory.
+def check_features(settings: Settings, data: ImageData, num_features: int) -> None:
+    """Raise ConfigError where features take more than half of the machine's memory, or a class has no image per fold.
 
     Args:
-        num_images: Training and validation images.
+        settings: Of the model.
+        data: The images.
         num_features: D.
-        num_passes: Augmented passes, besides one of the images as they are.
     """
-    needed = 4 * num_images * num_features * (1 + num_passes)
+    folds, num_passes = settings.head.folds, settings.head.augmented_passes
+    alone = folds > 0 and int(torch.bincount(data.train.labels_N).min()) < 2
+    require(not alone, "a class has one training image", where=f"head.folds = {folds}", hint="head.folds = 0")
+    num_images = len(data.train) + len(data.validation)
+    needed = 4 * num_images * num_features * (COPIES + num_passes)
     available = MAX_MEMORY_SHARE * physical_memory()
     if needed > available:
         text = f"features of {num_images:,} images x {num_features:,} x {1 + num_passes} passes take"
@@ -171,8 +192,6 @@ def _cross_fitted(
 ) -> list[Tensor]:
     """Return features (N, D), plain and of each augmented pass, each image's from a backbone that has not seen it."""
     data, num_folds = context.data, settings.head.folds
-    count = int(torch.bincount(data.train.labels_N).min())
-    require(count > 1, "a class has one training image", where=f"head.folds = {num_folds}", hint="head.folds = 0")
     folds = stratified_split(data.train.labels_N, [1.0] * num_folds, seed=settings.training.seed)
     target_ND = _passes(standardized, data.train, settings, context, None)[0]
     result: list[Tensor] = []
@@ -183,14 +202,17 @@ def _cross_fitted(
         others_m = keep_N.nonzero().squeeze(1)
         context.listener.on_note(f"Fold {number} of {num_folds}: a backbone that does not see {len(fold_n)} images.")
         backbone = _fold_backbone(name, number, others_m, settings, context)
-        versions = _passes(StandardizedFeatures(backbone), data.train, settings, context, augmentation)
-        align, share = least_squares(versions[0][others_m], target_ND[others_m])
+        plain_ND = compute_features(backbone, data.train, settings, context, augmentation=Augmentation())
+        align, share = least_squares(plain_ND[others_m], target_ND[others_m])
         explained.append(share)
+        fold = StandardizedFeatures(backbone), SubsetExamples(data.train, fold_n)
+        versions = [plain_ND[fold_n], *_passes(*fold, settings, context, augmentation)[1:]]
         result = result or [torch.empty_like(target_ND) for _ in versions]
-        for whole_ND, each_ND in zip(result, versions, strict=True):
-            whole_ND[fold_n] = align(each_ND[fold_n])
+        for whole_ND, each_nD in zip(result, versions, strict=True):
+            whole_ND[fold_n] = align(each_nD)
     context.listener.on_note(
-        f"Cross-fitted: the folds' features explain {min(explained):.1%} or more of the variance of the twin's."
+        f"Cross-fitted: the folds' features explain {min(explained):.1%} or more of the variance of the twin's, of "
+        "images left out of the regression between them."
     )
     return result
 
@@ -205,10 +227,13 @@ def _fold_backbone(
     """Return the twin's backbone, trained on these images alone."""
     data = context.data._replace(train=SubsetExamples(context.data.train, others_m))
     twin = settings.twin()
-    described = model_metadata(name, twin, context.data, len(others_m))
-    posterior = new_posterior(twin, data.preprocessing, len(data.classes), len(others_m), context.user)
+    num_examples = effective_size(data.train.labels_N, balanced=twin.training.balanced)
+    described = model_metadata(name, twin, context.data, num_examples)
+    posterior = new_posterior(twin, data.preprocessing, len(data.classes), num_examples, context.user)
     slot = Slot(
-        {"model": name, "fold": number}, context.run.model_checkpoints(name, f"fold-{number}"), twin.training.seed
+        {"model": name, "fold": f"{number} of {settings.head.folds}"},
+        context.run.model_checkpoints(name, f"fold-{number}"),
+        twin.training.seed,
     )
     fitted = fit_part(posterior, slot, twin, context._replace(data=data), described)
     restore_model(posterior, load_checkpoint(fitted.chosen))
@@ -216,26 +241,41 @@ def _fold_backbone(
 
 
 def least_squares(inputs_ND: Tensor, targets_NE: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
-    """Return the affine map that fits targets best, and the share of their variance that it explains.
+    """Return an affine ridge regression, and the share of the targets' variance that it explains of left-out rows.
+
+    The penalty is the one of `PENALTIES` with the lowest leave-one-out error, which is exact from one decomposition:
+    residual_i / (1 - leverage_i).
 
     Args:
         inputs_ND: Features.
         targets_NE: What they should become.
 
     Example:
-        >>> inputs = torch.tensor([[0.0], [1.0], [2.0]])
+        >>> inputs = torch.linspace(0, 1, 20)[:, None]
         >>> align, explained = least_squares(inputs, 2 * inputs + 1)
-        >>> align(torch.tensor([[3.0]])).tolist(), round(explained, 6)
-        ([[7.0]], 1.0)
+        >>> round(float(align(torch.tensor([[3.0]]))), 3), explained > 0.999
+        (7.0, True)
     """
     inputs, targets = inputs_ND.double(), targets_NE.double()
     shift_D, shift_E = inputs.mean(0), targets.mean(0)
-    map_DE = torch.linalg.lstsq(inputs - shift_D, targets - shift_E, driver="gelsd").solution
-    total = (targets - shift_E).square().sum()
-    rest = (targets - shift_E - (inputs - shift_D) @ map_DE).square().sum()
+    left_NR, size_R, right_RD = torch.linalg.svd(inputs - shift_D, full_matrices=False)
+    inner_RE = left_NR.T @ (targets - shift_E)
+    scale = size_R.square().mean().clamp(min=1e-300)
+    best: tuple[float, Tensor] | None = None
+    for penalty in PENALTIES:
+        shrink_R = size_R.square() / (size_R.square() + penalty * scale)
+        leverage_N = (left_NR.square() @ shrink_R + 1 / len(inputs)).clamp(max=1 - 1e-9)
+        residual_NE = (targets - shift_E - left_NR @ (shrink_R[:, None] * inner_RE)) / (1 - leverage_N[:, None])
+        error = float(residual_NE.square().sum())
+        if best is None or error < best[0]:
+            inverse_R = torch.where(size_R > 0, shrink_R / size_R, 0.0)
+            best = error, right_RD.T @ (inverse_R[:, None] * inner_RE)
+    assert best is not None
+    error, map_DE = best
+    total = float((targets - shift_E).square().sum())
 
     def align(features_BD: Tensor) -> Tensor:
         aligned_BE: Tensor = (features_BD.double() - shift_D) @ map_DE + shift_E
         return aligned_BE.float()
 
-    return align, float(1 - rest / total) if total > 0 else 1.0
+    return align, 1 - error / total if total > 0 else 1.0

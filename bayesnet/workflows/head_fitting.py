@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -33,21 +32,9 @@ from bayesnet.training import restore_model
 from bayesnet.types import JsonObject
 from bayesnet.workflows.finalizing import finalize_posterior, has_finalize
 from bayesnet.workflows.fitting import RunContext, Slot, commit_whole, fit_part, make_model_directory
-from bayesnet.workflows.head_features import backbone_of, feature_data
+from bayesnet.workflows.head_features import backbone_of, feature_data, feature_digest
 from bayesnet.workflows.starting import fit_start
 from bayesnet.workflows.trained import UserCode, load_model, new_posterior, source_model
-
-
-class Source(NamedTuple):
-    """A backbone that is there already.
-
-    Attributes:
-        backbone: Images to features (B, D), in evaluation mode.
-        identity: What says which one it is: the digest of its checkpoint, or the name of its weights.
-    """
-
-    backbone: nn.Module
-    identity: str
 
 
 def fit_head(
@@ -78,9 +65,11 @@ def fit_head(
         InterruptedRunError: A signal arrived; the checkpoint is committed.
     """
     run, data, engine, listener = context.run, context.data, context.engine, context.listener
-    source = _source(settings, context, num_examples, twin)
+    begun = time.perf_counter()
+    backbone = _source(settings, context, num_examples, twin)
     make_model_directory(run, name)
-    standardized, features = feature_data(name, settings, context, source.backbone)
+    standardized, features = feature_data(name, settings, context, backbone)
+    passes = time.perf_counter() - begun
     feature_context = context._replace(data=features, workers=0)
     plain = Augmentation()  # the images were augmented before they became features
 
@@ -90,14 +79,14 @@ def fit_head(
     posterior = build(settings)
 
     slot = Slot({"model": name}, run.model_checkpoints(name, "head"), settings.training.seed)
-    described = metadata | {"features": source.identity}
+    described = metadata | {"features": feature_digest(features)}
     first = fit_start(posterior, build, name, settings, feature_context, described, augmentation=plain)
     fitted = fit_part(posterior, slot, settings, feature_context, described, augmentation=plain, profile=profile)
-    started = time.perf_counter() - first
+    started = time.perf_counter() - first - passes
     restore_model(posterior, load_checkpoint(fitted.chosen))
     if has_finalize(settings):
         listener.on_note(f"Finalizing {name} ({settings.inference.family}) on the stored features.")
-    finalize_posterior(posterior, settings, features, engine)
+    finalize_posterior(posterior, settings, features, engine, workers=0)
     whole = _assembled(settings, data, num_examples, context.user, standardized, posterior).to(engine.device).eval()
     seconds = time.perf_counter() - started
     return commit_whole(whole, [fitted], name, settings, context, described, seconds=seconds)
@@ -136,7 +125,7 @@ def num_features_of(posterior: Posterior) -> int:
     return next(module.num_features for module in posterior.modules() if isinstance(module, StandardizedFeatures))
 
 
-def _source(settings: Settings, context: RunContext, num_examples: int, twin: FitResult | None) -> Source:
+def _source(settings: Settings, context: RunContext, num_examples: int, twin: FitResult | None) -> nn.Module:
     """Return the backbone that ``head.backbone`` names.
 
     Raises:
@@ -151,11 +140,11 @@ def _source(settings: Settings, context: RunContext, num_examples: int, twin: Fi
         posterior = new_posterior(settings.twin(), *sizes, context.user, load_weights=False)
         checkpoint = load_checkpoint(twin.chosen)
         restore_model(posterior, checkpoint)
-        return Source(backbone_of(posterior), checkpoint.digest)
+        return backbone_of(posterior)
     if where == "weights":
         joint = replace(settings, head=replace(settings.head, mode="joint"))
         posterior = new_posterior(joint, *sizes, context.user, load_weights=True)
-        return Source(backbone_of(posterior), f"weights {settings.backbone.weights}")
+        return backbone_of(posterior)
     run = RunDirectory.open(Path(where))
     trained = load_model(run, source_model(run), context.user)
     if run.read_summary().get("fingerprint") != data.fingerprint:
@@ -163,4 +152,4 @@ def _source(settings: Settings, context: RunContext, num_examples: int, twin: Fi
             f"The backbone of {where} was trained on other data: if images of this run's test split were among them, "
             "its metrics are too good."
         )
-    return Source(backbone_of(trained.posterior), trained.digest)
+    return backbone_of(trained.posterior)

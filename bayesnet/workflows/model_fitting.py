@@ -86,7 +86,7 @@ def _fit_jointly(
         restore_model(member, load_checkpoint(fitted.chosen))
     if has_finalize(settings):
         context.listener.on_note(f"Finalizing {name} ({settings.inference.family}) on the training images.")
-    finalize_posterior(posterior, settings, context.data, context.engine)
+    finalize_posterior(posterior, settings, context.data, context.engine, workers=context.workers)
     seconds = time.perf_counter() - started
     return commit_whole(posterior, fits, name, settings, context, metadata, seconds=seconds)
 

@@ -149,7 +149,8 @@ def predict(
         BayesnetError: See `ImageClassifier`.
     """
     classifier = ImageClassifier(run, model=model, level=interval, samples=samples, devices=devices)
-    predictions = list(classifier.rows(image_paths(paths)))
+    sources = [paths] if isinstance(paths, str | Path) else paths
+    predictions = list(classifier.rows(image_paths(sources)))
     check_any_read(classifier)
     return {
         "run": str(classifier.run),

@@ -15,15 +15,17 @@ from bayesnet.data.augment import Augmentation
 from bayesnet.data.features import feature_preprocessing
 from bayesnet.data.sampling import effective_size
 from bayesnet.engine import Engine
-from bayesnet.errors import BayesnetError, ConfigError
+from bayesnet.errors import BayesnetError, CheckpointError, ConfigError
 from bayesnet.inference.base import HeadPosterior, Posterior
 from bayesnet.inference.deterministic import Deterministic
 from bayesnet.progress import check_together
 from bayesnet.rundir import RunDirectory
-from bayesnet.settings import HEAD_BACKBONES, Settings
+from bayesnet.settings import HEAD_BACKBONES, HeadConfig, Settings
 from bayesnet.training import check_temperature
 from bayesnet.workflows.costs import Cost, check_fits, count_cost, time_step
+from bayesnet.workflows.finalizing import has_finalize
 from bayesnet.workflows.fitting import TrainListener
+from bayesnet.workflows.head_features import backbone_of, check_features
 from bayesnet.workflows.head_fitting import num_features_of, on_features
 from bayesnet.workflows.trained import NO_USER_CODE, UserCode, load_model, model_name, new_posterior, source_model
 
@@ -77,11 +79,24 @@ def with_source(settings: Settings, user: UserCode, listener: TrainListener) -> 
     head = settings.head
     if head.mode == "joint" or head.backbone in HEAD_BACKBONES:
         return settings, None
-    run = RunDirectory.open(Path(head.backbone).expanduser().absolute())
+    path = Path(head.backbone).expanduser().absolute()
+    if not path.is_dir():
+        what, hint = "the run whose backbone is used is not there", "name a finished run, or put it back"
+        raise CheckpointError(what, where=path, hint=hint)
+    run = RunDirectory.open(path)
     trained = load_model(run, source_model(run), user)
     backbone = replace(trained.settings.backbone, weights="none", freeze=False)
-    if backbone.name != settings.backbone.name:
-        listener.on_note(f"The backbone is that of {head.backbone}: {backbone.name}.")
+    plain = replace(trained.settings.twin(), head=HeadConfig(), backbone=backbone)
+    sizes = trained.preprocessing, len(trained.classes), trained.num_examples
+    expected = backbone_of(new_posterior(plain, *sizes, user, load_weights=False)).state_dict().keys()
+    if backbone_of(trained.posterior).state_dict().keys() != expected:
+        hint = "name a run of another family; its deterministic twin would do"
+        raise CheckpointError("the run's backbone is not a network of its own", where=path, hint=hint)
+    channels, height, width = trained.preprocessing.shape
+    listener.on_note(
+        f"Backbone and preprocessing are those of {head.backbone}: {backbone.name}, images of {height} x {width} pixels "
+        f"in {channels} channel{'s' * (channels > 1)}."
+    )
     head = replace(head, backbone=str(run.path.absolute()))
     return replace(settings, head=head, backbone=backbone), trained.preprocessing
 
@@ -111,12 +126,16 @@ def check_models(
                 posterior = new_posterior(settings, *sizes, user, load_weights=False)
                 check_together(settings.optimizer, settings.training)
                 check_temperature(posterior, settings.training.temperature)
+                _check_balanced(settings)
                 _check_head(posterior, settings)
                 _check_storage(posterior)
                 if own:
                     _try_loss(posterior, data)
                 cost = _cost(posterior, settings, data, user, engine)
-                listener.on_note(f"{model_name(settings).capitalize()} ({settings.inference.family}): {cost}.")
+                folds = f"; before it {settings.head.folds} backbones, each as long as the twin" * bool(
+                    settings.head.folds
+                )
+                listener.on_note(f"{model_name(settings).capitalize()} ({settings.inference.family}): {cost}{folds}.")
         except BayesnetError:
             raise
         except Exception as error:
@@ -136,11 +155,20 @@ def _cost(posterior: Posterior, settings: Settings, data: ImageData, user: UserC
     check_fits(cost, settings.inference.family, engine.device)
     if settings.head.mode == "head":
         num_features, num_examples = num_features_of(posterior), len(data.train)
+        check_features(settings, data, num_features)
         posterior = on_features(settings, num_features, len(data.classes), num_examples, user)
         data = data._replace(preprocessing=feature_preprocessing(num_features))
         cost = count_cost(posterior, settings, len(data.train))
     seconds = time_step(posterior.to(engine.device), settings, data, engine, user.optimizer)
     return cost._replace(step_seconds=seconds)
+
+
+def _check_balanced(settings: Settings) -> None:
+    """Raise ConfigError where training is balanced but the pass after it would count every image once."""
+    family = settings.inference.family
+    counted_once = settings.training.balanced and has_finalize(settings)
+    what = "the family's pass after training sees the classes as often as they are"
+    require(not counted_once, what, where=f"training.balanced, inference.family = {family}", hint="use mean_field")
 
 
 def _check_head(posterior: Posterior, settings: Settings) -> None:

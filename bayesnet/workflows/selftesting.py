@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bayesnet import strict_json
+from bayesnet.battery.base import Check
+from bayesnet.battery.running import run_battery
 from bayesnet.config import require
-from bayesnet.selftest.base import Check
-from bayesnet.selftest.battery import run_battery
 from bayesnet.types import JsonObject
 from bayesnet.workflows.environment import versions
 
@@ -22,11 +22,11 @@ def selftest(*, full: bool = False, seed: int = 0, listener: SelftestListener | 
 
     Args:
         full: Whether to run the checks that take minutes too: simulation-based calibration and the like.
-        seed: Of all noise; 0 gives the frozen numbers.
+        seed: Of the noise of tests that are not frozen at seed 0.
         listener: Hears of progress.
 
     Returns:
-        ``passed``, ``tests``, ``planted``, ``families``: see `bayesnet.selftest.battery.run_battery`; and ``versions``.
+        ``passed``, ``tests``, ``planted``, ``families``: see `bayesnet.battery.running.run_battery`; and ``versions``.
 
     Raises:
         ConfigError: ``seed`` is out of range.

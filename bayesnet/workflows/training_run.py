@@ -205,7 +205,8 @@ def resume_run(
     run = RunDirectory.open(Path(path))
     given, settings = settings, read_settings(run)
     if given is not None:
-        check_same_settings(settings, decided(given, TrainListener()), run.path)
+        given, _ = with_source(decided(given, TrainListener()), user, TrainListener())
+        check_same_settings(settings, given, run.path)
     if data is not None:
         _check_data(run, data)
     if run.is_finished:

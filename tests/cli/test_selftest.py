@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from bayesnet.selftest import battery
-from bayesnet.selftest.base import Check, Fault, Findings, Outcome
+from bayesnet.battery import running
+from bayesnet.battery.base import Check, Fault, Findings, Outcome
 
 RunCli = Callable[..., tuple[int, str, str]]
 
@@ -33,7 +33,7 @@ def check(name: str, *values: float, full: bool = False, caught: bool = True) ->
 
 
 def given(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> None:
-    monkeypatch.setattr(battery, "battery", lambda *, full: tuple(each for each in checks if full or not each.full))
+    monkeypatch.setattr(running, "battery", lambda *, full: tuple(each for each in checks if full or not each.full))
 
 
 def test_all_is_well(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,10 +87,10 @@ def test_wrong_seed(run_cli: RunCli) -> None:
 
 def test_the_battery_has_every_test_of_the_list() -> None:
     """Names are unique, and each check has a fault to reject, or is one of equalities that others plant faults in."""
-    checks = battery.battery(full=True)
+    checks = running.battery(full=True)
     numbers = {each.id for each in checks}
     assert numbers >= {f"T{number}" for number in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14, 15, 16, 17, 28)}
     names = [each.name for each in checks]
     assert len(set(names)) == len(names)
     assert [each.name for each in checks if not each.faults] == []
-    assert {each.id for each in battery.battery(full=False)} >= {"T1", "T2", "T3", "T4", "T5", "T6", "T16", "T17"}
+    assert {each.id for each in running.battery(full=False)} >= {"T1", "T2", "T3", "T4", "T5", "T6", "T16", "T17"}

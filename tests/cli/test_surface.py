@@ -15,8 +15,8 @@ import pytest
 from bayesnet_cli.main import BROKEN_PIPE, cli
 
 from bayesnet import errors
-from bayesnet.selftest import battery
-from bayesnet.selftest.base import Check, Fault, Findings, Outcome
+from bayesnet.battery import running
+from bayesnet.battery.base import Check, Fault, Findings, Outcome
 
 RunCli = Callable[..., tuple[int, str, str]]
 
@@ -59,8 +59,9 @@ JSON_KEYS = {
             posterior_scale{ initial final } } }""",
     "calibrate": """
         run sentence report
-        models{ NAME{ family posterior_temperature digest before{ EVALUATION } after{ EVALUATION } calibrator{ name temperature } temperature
-            notice threshold{ method alpha threshold num_calibration } conformal{ lac{ CONFORMAL } } } }
+        models{ NAME{ family posterior_temperature digest before{ EVALUATION } after{ EVALUATION }
+            calibrator{ name temperature } temperature notice
+            threshold{ method alpha threshold num_calibration } conformal{ lac{ CONFORMAL } } } }
         differences{ nll{ difference ci95 } brier{ difference ci95 } accuracy{ difference ci95 } }
         conformal{ CONFORMAL }""",
     "predict": """
@@ -153,7 +154,7 @@ def test_json_keys(run_cli: RunCli, calibrated_copy: Path, name: str, monkeypatc
         "doctor": "doctor --json",
         "selftest": "selftest --json",
     }
-    monkeypatch.setattr(battery, "battery", lambda *, full: (TOY_CHECK,))
+    monkeypatch.setattr(running, "battery", lambda *, full: (TOY_CHECK,))
     code, out, _ = run_cli(lines.get(name, f"{name} {{run}} --json"), run=calibrated_copy)
     assert code == 0
     assert set(spelled(json.loads(out))) == declared(JSON_KEYS[name])

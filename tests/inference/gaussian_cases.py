@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayesnet.backbones import BackboneConfig, build_backbone
+from bayesnet.battery.linear_gaussian import averaged
 from bayesnet.elbo import PyroProgram, closed_form_divergence, trace_elbo
 from bayesnet.engine import Engine
 from bayesnet.inference import deterministic
@@ -32,7 +33,6 @@ from bayesnet.inference.gaussian_weight import GaussianWeightPosterior
 from bayesnet.inference.mean_field import MeanField
 from bayesnet.model import linear_logits
 from bayesnet.optim import OptimizerConfig, build_optimizers
-from bayesnet.selftest.linear_gaussian import averaged
 from bayesnet.testing import FlattenBackbone, OperatorCounter, ToyProblem, build, toy_problem
 
 Z_CUT, Z_CUT_OF_MANY = 4.892, 6.5

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from bayesnet.battery.linear_gaussian import NOISE_SCALE, regressions
 from bayesnet.inference import deterministic, laplace
 from bayesnet.inference.base import Parts
 from bayesnet.inference.laplace import Laplace, LaplaceConfig, finalize
@@ -21,7 +22,6 @@ from bayesnet.inference.laplace_evidence import best_precision, log_evidence, nu
 from bayesnet.inference.laplace_predictive import bridge, probit
 from bayesnet.inference.laplace_structures import STRUCTURES, StructureName
 from bayesnet.model import linear_logits
-from bayesnet.selftest.linear_gaussian import NOISE_SCALE, regressions
 from bayesnet.testing import FlattenBackbone, OperatorCounter, ToyProblem, build, train_toy
 from bayesnet.types import LogitGaussian
 from tests.inference.laplace_cases import (

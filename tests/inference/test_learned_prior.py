@@ -17,6 +17,7 @@ from bayesnet.inference import FAMILIES
 from bayesnet.inference.base import GaussianHeadPosterior
 from bayesnet.inference.learned_prior import LearnedPrior
 from bayesnet.model import BayesianHead
+from bayesnet.step import StepPlan, take_step
 from bayesnet.testing import OperatorCounter, build, toy_problem, train_toy
 
 LEARNING = ("mean_field", "matrix_normal", "low_rank", "full_rank", "vbll")
@@ -102,11 +103,23 @@ def test_a_head_that_explains_nothing_ends_at_the_floor() -> None:
     assert float(posterior.model.head.prior_scale[:, :-1].max()) == pytest.approx(0.3)
 
 
-def test_evaluation_leaves_it_alone() -> None:
-    posterior, problem = fitted("mean_field", steps=20).eval(), toy_problem(num_examples=100)
+def test_a_loss_leaves_it_alone() -> None:
+    """So two losses can be added and differentiated, and validation moves nothing."""
+    posterior, problem = fitted("mean_field", steps=20).train(), toy_problem(num_examples=100)
     before = posterior.model.head.prior_scale.clone()
-    posterior.loss(problem.x_NCHW, problem.y_N)
+    first, second = (posterior.loss(problem.x_NCHW, problem.y_N).total for _ in range(2))
+    torch.autograd.backward(first + second)
     assert torch.equal(posterior.model.head.prior_scale, before)
+
+
+def test_a_step_in_parts_moves_it_once() -> None:
+    problem, moved = toy_problem(num_examples=100), []
+    for accumulation in (1, 4):
+        posterior = build(FAMILIES["mean_field"], problem, learn_prior=True).train()
+        optimizer = torch.optim.SGD(posterior.parameters(), lr=0.0)
+        take_step(posterior, (optimizer,), problem.x_NCHW, problem.y_N, plan=StepPlan(accumulation))
+        moved.append(posterior.facts()["prior_scale"]["final"])
+    assert moved[0] == moved[1] != 1.0
 
 
 def test_it_is_saved_with_the_posterior() -> None:
@@ -120,9 +133,10 @@ def test_it_is_saved_with_the_posterior() -> None:
 def test_learning_does_not_wait_for_the_device() -> None:
     problem = toy_problem()
     posterior = build(FAMILIES["mean_field"], problem, learn_prior=True).train()
-    posterior.loss(problem.x_NCHW, problem.y_N)
+    posterior.after_step()
     with OperatorCounter() as counter:
-        posterior.loss(problem.x_NCHW, problem.y_N)
+        posterior.after_step()
+    assert counter.num_operators > 0
     assert counter.num_host_syncs == 0
 
 

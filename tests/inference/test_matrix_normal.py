@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from bayesnet import elbo
+from bayesnet.battery.linear_gaussian import NOISE_SCALE
 from bayesnet.errors import ConfigError
 from bayesnet.inference import matrix_normal
 from bayesnet.inference.base import GaussianHeadPosterior, Parts
 from bayesnet.inference.gaussian_weight import GaussianWeightPosterior
 from bayesnet.inference.matrix_normal import MatrixNormal, MatrixNormalConfig, MatrixNormalGuide, MatrixNormalWeight
 from bayesnet.model import LABEL, WEIGHT
-from bayesnet.selftest.linear_gaussian import NOISE_SCALE
 from bayesnet.testing import FlattenBackbone
 from tests.inference import gaussian_cases as cases
 from tests.inference.gaussian_cases import Case

@@ -1,4 +1,4 @@
-"""What the docstring of `bayesnet.selftest.evidence` says of its power; the label of a sampled KL."""
+"""What the docstring of `bayesnet.battery.evidence` says of its power; the label of a sampled KL."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from bayesnet.battery.base import Z_BOUND
+from bayesnet.battery.evidence import binary_problem
 from bayesnet.elbo import local_loss, trace_elbo, weight_space_loss
-from bayesnet.selftest.base import Z_BOUND
-from bayesnet.selftest.evidence import binary_problem
 
 
 def test_the_stated_power_is_the_real_one() -> None:

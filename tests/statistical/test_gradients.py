@@ -1,4 +1,4 @@
-"""What the docstrings of `bayesnet.selftest.gradients` and `linear_gradients` say of their power."""
+"""What the docstrings of `bayesnet.battery.gradients` and `linear_gradients` say of their power."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from bayesnet.selftest.gradients import (
+from bayesnet.battery.gradients import (
     NUM_GRADIENTS,
     Z_BOUND_OF_50,
     Estimator,
@@ -14,8 +14,8 @@ from bayesnet.selftest.gradients import (
     softmax_batch,
     softmax_gradients,
 )
-from bayesnet.selftest.linear_gaussian import regressions
-from bayesnet.selftest.linear_gradients import linear_cases, linear_mean
+from bayesnet.battery.linear_gaussian import regressions
+from bayesnet.battery.linear_gradients import linear_cases, linear_mean
 
 # Estimator -> (norm of the mean gradient / its standard deviation, for one draw; smallest fault / that norm).
 SNR: dict[Estimator, float] = {"local": 1.80, "weight": 1.43}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bayesnet.selftest import known_truth
+from bayesnet.battery import known_truth
 
 
 def test_the_bayes_posterior_is_that_of_the_densities() -> None:

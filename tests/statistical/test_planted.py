@@ -1,4 +1,4 @@
-"""T12: which faults the battery must reject at least, and what `bayesnet.selftest.wiring` says of its power.
+"""T12: which faults the battery must reject at least, and what `bayesnet.battery.wiring` says of its power.
 
 That each check rejects its faults is tested where all checks are run.
 """
@@ -10,9 +10,9 @@ import math
 import pytest
 from scipy import stats
 
-from bayesnet.selftest import conformance, evidence, gradients, linear_gradients, numerics, recovery, wiring
-from bayesnet.selftest.base import Fault
-from bayesnet.selftest.wiring import DIGITS, NUM_DRAWS, NUM_WEIGHTS
+from bayesnet.battery import conformance, evidence, gradients, linear_gradients, numerics, recovery, wiring
+from bayesnet.battery.base import Fault
+from bayesnet.battery.wiring import DIGITS, NUM_DRAWS, NUM_WEIGHTS
 
 MODULES = (evidence, gradients, linear_gradients, recovery, numerics, wiring, conformance)
 CHECKS = [check for module in MODULES for check in module.CHECKS]

@@ -1,6 +1,6 @@
 """The intervals of the posterior predictive, and the shape of the fixed table of draws.
 
-Its numerics (T16) and its decomposition of uncertainty (T17) are checks of `bayesnet.selftest.numerics`.
+Its numerics (T16) and its decomposition of uncertainty (T17) are checks of `bayesnet.battery.numerics`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from bayesnet.battery.numerics import random_draws
 from bayesnet.inference.draw_table import normal_table, table_prefix
 from bayesnet.predictive import entropy, interval_kind, summarize
-from bayesnet.selftest.numerics import random_draws
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.99])

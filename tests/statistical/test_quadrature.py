@@ -7,8 +7,8 @@ import functools
 import pytest
 import torch
 
-from bayesnet.selftest.logistic import elbo, of_weights, truth
-from bayesnet.selftest.quadrature import CHECKS, MEAN_BOUND, Region
+from bayesnet.battery.logistic import elbo, of_weights, truth
+from bayesnet.battery.quadrature import CHECKS, MEAN_BOUND, Region
 
 
 def test_the_grid_is_fine_and_wide_enough() -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
-from bayesnet.selftest import recovery as t6
-from bayesnet.selftest.base import Check
-from bayesnet.selftest.linear_gaussian import Regressions, regressions
-from bayesnet.selftest.recovery import GAP_BOUND, Gaussian, recovery
+from bayesnet.battery import recovery as t6
+from bayesnet.battery.base import Check
+from bayesnet.battery.linear_gaussian import Regressions, regressions
+from bayesnet.battery.recovery import GAP_BOUND, Gaussian, recovery
 
 
 @pytest.fixture(scope="module")

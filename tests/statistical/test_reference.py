@@ -6,14 +6,14 @@ from importlib import resources
 
 import pytest
 
+from bayesnet.battery.reference import FITS, prediction_distance
+from bayesnet.battery.stored_draws import HASHES, load
 from bayesnet.checkpoint import verified_tensors
 from bayesnet.errors import CheckpointError
 from bayesnet.inference import FAMILIES
 from bayesnet.model import linear_logits
-from bayesnet.selftest.reference import FITS, prediction_distance
-from bayesnet.selftest.stored_draws import HASHES, load
 
-FOLDER = resources.files("bayesnet.selftest") / "reference"
+FOLDER = resources.files("bayesnet.battery") / "reference"
 
 # The first is no distribution; the guide is the caller's own, of which one stock guide is measured.
 NO_ROW = {"deterministic", "guide"}

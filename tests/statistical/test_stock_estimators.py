@@ -3,7 +3,7 @@
 From one seed our estimator and the stock ones make the same draw, so they agree to rounding (1e-9, float64): no false
 alarm, and any fault is caught. Vectorised and looped particles are comparisons of two means of 40 at |z| < 4.892: with
 estimated errors the false alarm is 5e-6 each, 1e-4 for the 16 of them; seeds are fixed. They catch a lost plate or
-particle dimension; the exact tests are in bayesnet.selftest.evidence.
+particle dimension; the exact tests are in bayesnet.battery.evidence.
 """
 
 from __future__ import annotations

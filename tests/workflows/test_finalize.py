@@ -26,7 +26,7 @@ from bayesnet.inference.deterministic import Deterministic
 from bayesnet.registry import Registry
 from bayesnet.rundir import RunDirectory
 from bayesnet.settings import build_settings
-from bayesnet.workflows import TrainListener, finalizing, trained
+from bayesnet.workflows import TrainListener, finalizing, starting, trained
 from bayesnet.workflows.finalizing import TrainingImages
 from bayesnet.workflows.trained import load_model
 
@@ -76,7 +76,7 @@ FAMILIES = {each.name: each for each in (deterministic.FAMILY, mean_field.FAMILY
 
 
 def register(monkeypatch: pytest.MonkeyPatch, families: dict[str, Family]) -> None:
-    for module in (bayesnet.inference, bayesnet.settings, trained, finalizing):
+    for module in (bayesnet.inference, bayesnet.settings, trained, finalizing, starting):
         monkeypatch.setattr(module, "FAMILIES", Registry("family", families))
 
 

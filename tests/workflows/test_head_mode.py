@@ -126,6 +126,23 @@ def test_another_run_lends_its_backbone(run: Path, folder_data: Path, tmp_path: 
     assert not any("too good" in note for note in listener.notes)
 
 
+def test_a_run_of_a_head_lends_its_backbone_too(run: Path, folder_data: Path, tmp_path: Path) -> None:
+    train(folder_data, tmp_path / "first", f"head.backbone={run}", "training.twin=false")
+    train(folder_data, tmp_path / "second", f"head.backbone={tmp_path / 'first'}")
+    assert same(backbone_state(tmp_path / "second"), twin_state(run))
+
+
+def test_a_run_without_a_backbone_of_its_own_is_refused(folder_data: Path, tmp_path: Path) -> None:
+    train(folder_data, tmp_path / "lender", "training.twin=false", family="mean_field_all", mode="joint", epochs=1)
+    with pytest.raises(CheckpointError, match="the run's backbone is not a network of its own"):
+        train(folder_data, tmp_path / "run", f"head.backbone={tmp_path / 'lender'}")
+
+
+def test_a_run_of_a_head_is_timed_on_features(run: Path) -> None:
+    record = workflows.bench(run, devices="cpu", batch=16, seconds=0.1)
+    assert {row["model"] for row in record["rows"]} == {"deterministic", "bayesian"}
+
+
 def test_a_backbone_that_may_know_the_test_images_is_said(run: Path, folder_data: Path, tmp_path: Path) -> None:
     listener = Notes()
     train(folder_data, tmp_path / "new", f"head.backbone={run}", "data.seed=1", listener=listener)
@@ -216,16 +233,26 @@ def test_planted_a_fold_whose_backbone_has_seen_it_is_noticed(
     assert seen != []
 
 
-def test_least_squares_finds_an_affine_map() -> None:
+def test_the_map_between_features_says_what_it_explains_of_rows_left_out() -> None:
+    """Leave-one-out by formula equals leaving out one row after the other, and noise is not said to be explained."""
     generator = torch.Generator().manual_seed(0)
     inputs_ND = torch.randn(50, 4, generator=generator)
     targets_NE = inputs_ND @ torch.randn(4, 3, generator=generator) + 2
     align, explained = head_features.least_squares(inputs_ND, targets_NE)
     assert torch.allclose(align(inputs_ND), targets_NE, atol=1e-5)
     assert explained == pytest.approx(1)
-    noise_NE = torch.randn(50, 3, generator=generator)
-    _, explained = head_features.least_squares(inputs_ND, noise_NE)
-    assert explained < 0.5
+    noise_NE, wide_ND = torch.randn(50, 3, generator=generator), torch.randn(50, 64, generator=generator)
+    _, explained = head_features.least_squares(wide_ND, noise_NE)
+    assert explained < 0.2  # an interpolating map would have said 1
+    mixed_NE = targets_NE + noise_NE
+    _, explained = head_features.least_squares(inputs_ND, mixed_NE)
+    left_out = 0.0
+    for row in range(50):
+        keep = torch.arange(50) != row
+        apply, _ = head_features.least_squares(inputs_ND[keep], mixed_NE[keep])
+        left_out += float((apply(inputs_ND[row]) - mixed_NE[row]).square().sum())
+    total = float((mixed_NE - mixed_NE.mean(0)).square().sum())
+    assert explained == pytest.approx(1 - left_out / total, abs=0.01)
 
 
 # Nothing is lost.
@@ -285,8 +312,14 @@ def test_a_head_does_not_go_on_with_another_backbone(run: Path, folder_data: Pat
         (["head.backbone=weights", "head.folds=2"], {}, "only the twin is cross-fitted"),
         (["head.folds=1"], {}, r"must be 0, or from 2 to 20 \(head.folds = 1\)"),
         (["head.augmented_passes=-1"], {}, "must be from 0 to 1000"),
-        (["head.backbone=nowhere"], {}, "nowhere"),
+        (["head.backbone=nowhere"], {}, "the run whose backbone is used is not there .*nowhere"),
+        (["training.balanced=true"], {"family": "laplace"}, "sees the classes as often as they are"),
         (["head.mode=half"], {"mode": None}, "head.mode"),
+        (
+            ["head.folds=2"],
+            {"mode": None},
+            r"only a head on stored features has it \(head.folds = 2\): give --mode head",
+        ),
     ],
 )
 def test_wrong_settings(
@@ -294,7 +327,7 @@ def test_wrong_settings(
 ) -> None:
     with pytest.raises(BayesnetError, match=message) as caught:
         train(folder_data, tmp_path / "run", *overrides, **arguments)
-    assert isinstance(caught.value, CheckpointError if "nowhere" in message else ConfigError)
+    assert isinstance(caught.value, CheckpointError if message.startswith("the run whose") else ConfigError)
     assert not (tmp_path / "run").exists()
 
 

@@ -12,7 +12,8 @@ from bayesnet import workflows
 from bayesnet.checkpoint import list_checkpoints, load_checkpoint
 from bayesnet.data import load_data
 from bayesnet.errors import InterruptedRunError
-from bayesnet.inference.base import Posterior
+from bayesnet.inference.base import HeadPosterior, Posterior
+from bayesnet.inference.full_rank import FullRank
 from bayesnet.rundir import RunDirectory
 from bayesnet.training import restore_model
 from bayesnet.workflows import TrainListener
@@ -65,6 +66,7 @@ def test_it_ends_with_a_bound_no_lower_than_the_mean_field_optimum(folder_data: 
     x_NCHW = trained.preprocessing.normalize(data.train.read(range(len(data.train))))
     y_N, num = data.train.labels_N, len(data.train)
     with torch.no_grad():
+        assert isinstance(trained.posterior, HeadPosterior)
         features_ND = trained.posterior.features(x_NCHW)[:, None, None]
     start = start_of(trained.settings)
     assert start is not None
@@ -75,6 +77,7 @@ def test_it_ends_with_a_bound_no_lower_than_the_mean_field_optimum(folder_data: 
     restore_model(last, load_checkpoint(list_checkpoints(run.model_checkpoints("bayesian", "head"))[-1]))
     assert bound(last, features_ND, y_N, num) >= bound(first, features_ND, y_N, num) - 0.1
     # The control: every sd divided by 7 loses more than the test allows.
+    assert isinstance(last, FullRank)
     last.guide.log_scale.data -= 2.0
     assert bound(last, features_ND, y_N, num) < bound(first, features_ND, y_N, num) - 0.1
 

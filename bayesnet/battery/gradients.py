@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from bayesnet.battery import faults
+from bayesnet.battery.base import Check, Findings, Outcome, largest
+from bayesnet.battery.seeding import seeded
 from bayesnet.elbo import local_loss, weight_space_loss
 from bayesnet.inference.mean_field import MeanFieldGuide
 from bayesnet.model import BayesianHead
-from bayesnet.selftest import faults
-from bayesnet.selftest.base import Check, Findings, Outcome, largest
-from bayesnet.selftest.seeding import seeded
 
 Z_BOUND_OF_50 = 5.612
 FORMULA_BOUND, DIFFERENCES_BOUND, STEP = 1e-6, 1e-4, 1e-5

@@ -22,9 +22,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from bayesnet import predictive
+from bayesnet.battery import faults
+from bayesnet.battery.base import Check, Fault, Findings, Outcome, largest
 from bayesnet.inference import draw_table
-from bayesnet.selftest import faults
-from bayesnet.selftest.base import Check, Fault, Findings, Outcome, largest
 
 EXTREMES: dict[str, list[list[float]]] = {
     "confidently wrong": [[0.0, 60.0, 0.0], [0.0, 45.0, -3.0]],

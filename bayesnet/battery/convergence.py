@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bayesnet import convergence
-from bayesnet.selftest.base import Check, Fault, Findings, Outcome, largest
+from bayesnet.battery.base import Check, Fault, Findings, Outcome, largest
 
 Array = NDArray[np.float64]
 Quantity = Callable[[Array], float]

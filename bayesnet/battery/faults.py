@@ -16,10 +16,10 @@ from pyro import poutine
 from torch import Tensor
 
 from bayesnet import elbo, model, predictive
+from bayesnet.battery.base import Fault
+from bayesnet.battery.linear_gaussian import Regressions
 from bayesnet.inference.mean_field import MeanFieldGuide
 from bayesnet.model import BayesianHead
-from bayesnet.selftest.base import Fault
-from bayesnet.selftest.linear_gaussian import Regressions
 from bayesnet.types import LogitGaussian
 
 Planted = AbstractContextManager[object]

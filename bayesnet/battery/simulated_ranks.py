@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from bayesnet.selftest.base import Outcome
+from bayesnet.battery.base import Outcome
 
 Array = NDArray[np.float64]
 

@@ -7,6 +7,16 @@ A linear head on the pixels can represent this posterior exactly, so nothing but
 between a fit and the truth. Heads are trained with the optimizers and the step of `fit`, predictions come from
 `Predictor`, and both go through `Preprocessing`. Measured, over worlds (prototypes and images of their own): the mean
 of KL(p || prediction) over 1,000 new images, and the difference of a Bayesian head's NLL to the twin's.
+
+| mean KL, nats, four worlds | 20 images | 80 | 320 | 1,280 |
+|---|---|---|---|---|
+| mean_field | .276 | .132 | .066 | .019 |
+| matrix_normal | .287 | .136 | .068 | .019 |
+| bound | .5 | .25 | .12 | .04 |
+
+The seed is fixed and the bounds are no test of noise: they are 1.8 to 2.1 times what was measured, and a divergence
+beyond that is the smallest fault caught for certain. The NLL's difference is held to 3 standard errors over worlds, at
+20 and 80 images (measured: -1.8 to -1.5); the KL must fall with every fourfold of the images.
 """
 
 from __future__ import annotations
@@ -21,13 +31,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bayesnet.battery.base import Check, Findings, Outcome
+from bayesnet.battery.faults import LABELS_ROLLED, LOCAL_KL_TIMES_BATCH
+from bayesnet.battery.fitted import OTHER_CLASSES
 from bayesnet.data import ArrayExamples, Preprocessing
 from bayesnet.engine import Engine
 from bayesnet.inference import FAMILIES
 from bayesnet.predictive import Predictor
-from bayesnet.selftest.base import Check, Findings, Outcome
-from bayesnet.selftest.faults import LABELS_ROLLED, LOCAL_KL_TIMES_BATCH
-from bayesnet.selftest.fitted import OTHER_CLASSES
 from bayesnet.testing import ToyProblem, build, train_toy
 
 SIDE, NUM_CLASSES, NUM_TEST = 4, 3, 1000
@@ -37,7 +47,7 @@ NUM_WORLDS = 4
 SIZES = (20, 80, 320, 1280)
 FEW = 80
 BAYESIAN = ("mean_field", "matrix_normal")
-DIVERGENCE_BOUNDS = {20: 0.5, 80: 0.2, 320: 0.12, 1280: 0.04}
+DIVERGENCE_BOUNDS = {20: 0.5, 80: 0.25, 320: 0.12, 1280: 0.04}
 """Largest mean KL from the Bayes posterior, nats, by the number of training images."""
 PREPROCESSING = Preprocessing(1, SIDE, SIDE, mean=(CENTRE / 255,), std=(CONTRAST / 255,))
 

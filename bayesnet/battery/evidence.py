@@ -20,13 +20,13 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
+from bayesnet.battery import faults
+from bayesnet.battery.base import Z_BOUND, Check, Findings, Outcome, largest
+from bayesnet.battery.linear_gaussian import regressions
+from bayesnet.battery.seeding import seeded
 from bayesnet.elbo import ElboTerms, PyroProgram, local_loss, trace_elbo, weight_space_loss
 from bayesnet.inference.mean_field import MeanFieldGuide
 from bayesnet.model import LABEL, WEIGHT, BayesianHead
-from bayesnet.selftest import faults
-from bayesnet.selftest.base import Z_BOUND, Check, Findings, Outcome, largest
-from bayesnet.selftest.linear_gaussian import regressions
-from bayesnet.selftest.seeding import seeded
 from bayesnet.types import LogitGaussian, Loss
 
 EQUAL = 1e-6

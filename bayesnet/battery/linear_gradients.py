@@ -13,14 +13,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from bayesnet.battery import faults
+from bayesnet.battery.base import Check, Findings, Outcome
+from bayesnet.battery.gradients import NUM_GRADIENTS, Z_BOUND_OF_50, deviations, largest_z, recorded
+from bayesnet.battery.linear_gaussian import NOISE_SCALE, Regressions, regressions
+from bayesnet.battery.seeding import seeded
 from bayesnet.elbo import trace_elbo
 from bayesnet.inference.mean_field import MeanFieldGuide
 from bayesnet.model import WEIGHT
-from bayesnet.selftest import faults
-from bayesnet.selftest.base import Check, Findings, Outcome
-from bayesnet.selftest.gradients import NUM_GRADIENTS, Z_BOUND_OF_50, deviations, largest_z, recorded
-from bayesnet.selftest.linear_gaussian import NOISE_SCALE, Regressions, regressions
-from bayesnet.selftest.seeding import seeded
 
 
 class DenseGuide(nn.Module):

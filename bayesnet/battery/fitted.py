@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ExponentialLR
 
+from bayesnet.battery.base import Fault
+from bayesnet.battery.seeding import seeded
 from bayesnet.inference import FAMILIES
 from bayesnet.inference.base import HeadPosterior, Posterior
 from bayesnet.inference.deterministic import Deterministic
@@ -31,8 +33,6 @@ from bayesnet.inference.mean_field import MeanFieldGuide
 from bayesnet.inference.mean_field_all import MeanFieldAll
 from bayesnet.inference.vbll import DenseGuide
 from bayesnet.model import BayesianHead
-from bayesnet.selftest.base import Fault
-from bayesnet.selftest.seeding import seeded
 from bayesnet.testing import ToyProblem
 from bayesnet.types import LogitGaussian, Loss
 

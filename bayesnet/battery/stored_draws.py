@@ -50,7 +50,7 @@ def load(name: str) -> Reference:
     Raises:
         CheckpointError: The file is not the one that was made.
     """
-    file = resources.files("bayesnet.selftest") / "reference" / f"{name}.safetensors"
+    file = resources.files("bayesnet.battery") / "reference" / f"{name}.safetensors"
     found = verified_tensors(file.read_bytes(), sha256=HASHES[name], where=file)
     problem = ToyProblem(found["x_ND"][:, None, None], found["y_N"], found["mean_KD"].float())
     x_new_BCHW = found["x_new_BD"][:, None, None]

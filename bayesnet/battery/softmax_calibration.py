@@ -6,13 +6,31 @@ Of the nine weights: the sd of z = (truth - mean) / sd over the posterior's 999 
 of central 80 and 95 % intervals. Of one new image each: Spiegelhalter's z of its predicted probabilities,
 sum (p_y - sum_k p_k^2) / sqrt(sum var p_y), negative where predictions are overconfident (simulated_predictions.py).
 
-TABLE
+| head | sd of z | coverage of 80 % | of 95 % | z of predictions |
+|---|---|---|---|---|
+| mean_field | 1.284 ± 0.012 | 0.685 [.674 .696] | 0.873 [.865 .881] | +0.1 |
+| matrix_normal | 1.018 ± 0.009 | 0.793 [.783 .802] | 0.946 [.941 .951] | -0.1 |
+| low_rank | 1.094 ± 0.010 | 0.766 [.756 .775] | 0.929 [.922 .934] | -0.1 |
+| full_rank | 1.000 ± 0.009 | 0.803 [.793 .812] | 0.949 [.943 .954] | +0.0 |
+| vbll | 1.970 ± 0.019 | 0.519 [.508 .530] | 0.709 [.698 .719] | +0.3 |
+| vbll, dense | 1.732 ± 0.017 | 0.569 [.558 .580] | 0.763 [.754 .773] | +0.2 |
+| laplace | 1.044 ± 0.009 | 0.785 [.776 .795] | 0.941 [.935 .946] | +2.0 |
+| laplace, diagonal | 1.373 ± 0.013 | 0.657 [.646 .668] | 0.852 [.843 .860] | +2.8 |
+| laplace, full | 1.014 ± 0.009 | 0.797 [.788 .806] | 0.948 [.942 .953] | +2.6 |
+
+Standard errors, and exact 95 % intervals. full_rank is calibrated within its errors; independent weights or rows, and
+vbll's bound, make weights overconfident. Laplace's weights are calibrated, around a mode whose predictions are too
+cautious.
 
 Gate, since none of this has a right answer: each figure against its frozen one, in standard errors. Those of z and
 coverage treat a data set, not a weight, as the independent unit; coverage through the exact binomial interval
 (Clopper-Pearson, with the effective number of trials of Korn and Graubard 1998) that just reaches the frozen figure. At
-seed 0 the data are those of the frozen run, only code and rounding can move a figure, and the gate is 3 standard errors.
-Any other seed compares two independent runs: false alarm 1e-6 for all figures of a check together.
+seed 0 the data are those of the frozen run, only code and rounding can move a figure, and the gate is 3 standard
+errors; any other seed compares two independent runs: false alarm 1e-6 for all figures of a check together. Smallest
+faults caught with power 0.99: an sd of z that changes by 5 % on fresh data at the gate of seed 0, by 11 % at the other,
+by 17 % with the 200 data sets of the quick check. That one does not see a prior sd x 2 (T9, T11 and T15 do).
+
+`nuts` is left out, since its fits cannot be stacked: T15 is its test.
 """
 
 from __future__ import annotations
@@ -29,15 +47,15 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from bayesnet.battery.base import Check, Fault, Findings, Outcome
+from bayesnet.battery.faults import LABELS_ROLLED, NOISE_TIMES_07
+from bayesnet.battery.fitted import KL_TWICE
+from bayesnet.battery.many_heads import SoftmaxProblems, fit_each, softmax_problems
+from bayesnet.battery.seeding import seeded
+from bayesnet.battery.simulated_predictions import spiegelhalter
+from bayesnet.battery.simulated_ranks import ALPHA, NUM_DRAWS, Array, clopper_pearson, exact_score
 from bayesnet.inference.mean_field import MeanFieldGuide
 from bayesnet.predictive import summarize
-from bayesnet.selftest.base import Check, Fault, Findings, Outcome
-from bayesnet.selftest.faults import LABELS_ROLLED, NOISE_TIMES_07
-from bayesnet.selftest.fitted import KL_TWICE, PRIOR_TWICE_AS_WIDE
-from bayesnet.selftest.many_heads import SoftmaxProblems, fit_each, softmax_problems
-from bayesnet.selftest.seeding import seeded
-from bayesnet.selftest.simulated_predictions import spiegelhalter
-from bayesnet.selftest.simulated_ranks import ALPHA, NUM_DRAWS, Array, clopper_pearson, exact_score
 
 NUM_SETS, NUM_SMOKE_SETS = 1000, 200
 GATE = 3.0
@@ -70,15 +88,15 @@ class Case(NamedTuple):
 
 
 CASES: dict[str, Case] = {
-    "mean_field": Case(Frozen(1, 1, 1, 0)),
-    "matrix_normal": Case(Frozen(1, 1, 1, 0)),
-    "low_rank": Case(Frozen(1, 1, 1, 0), {"rank": 2}, num_steps=1500),
-    "full_rank": Case(Frozen(1, 1, 1, 0)),
-    "vbll": Case(Frozen(1, 1, 1, 0), repeats=1),
-    "vbll, dense": Case(Frozen(1, 1, 1, 0), {"covariance": "dense"}, repeats=1),
-    "laplace": Case(Frozen(1, 1, 1, 0), repeats=1),
-    "laplace, diagonal": Case(Frozen(1, 1, 1, 0), {"structure": "diagonal"}, repeats=1),
-    "laplace, full": Case(Frozen(1, 1, 1, 0), {"structure": "full"}, repeats=1),
+    "mean_field": Case(Frozen(1.2844, 0.6850, 0.8732, 0.0778)),
+    "matrix_normal": Case(Frozen(1.0175, 0.7928, 0.9463, -0.0692)),
+    "low_rank": Case(Frozen(1.0940, 0.7656, 0.9286, -0.0951), {"rank": 2}, num_steps=1500),
+    "full_rank": Case(Frozen(1.0004, 0.8029, 0.9487, 0.0029)),
+    "vbll": Case(Frozen(1.9701, 0.5192, 0.7086, 0.2620), repeats=1),
+    "vbll, dense": Case(Frozen(1.7322, 0.5693, 0.7633, 0.1730), {"covariance": "dense"}, repeats=1),
+    "laplace": Case(Frozen(1.0435, 0.7853, 0.9410, 1.9936), repeats=1),
+    "laplace, diagonal": Case(Frozen(1.3733, 0.6568, 0.8516, 2.7914), {"structure": "diagonal"}, repeats=1),
+    "laplace, full": Case(Frozen(1.0136, 0.7972, 0.9478, 2.5648), {"structure": "full"}, repeats=1),
 }
 """By family; after a comma, a variant that is not the table's."""
 
@@ -119,7 +137,7 @@ class Calibration(NamedTuple):
     def distances(self, frozen: Frozen) -> dict[str, float]:
         """Return how far each figure is from the frozen one, in standard errors."""
         found = self.figures()
-        error = self.squares_R.std(ddof=1) / math.sqrt(len(self.squares_R)) / (2 * found.z_sd)
+        error = float(self.squares_R.std(ddof=1)) / math.sqrt(len(self.squares_R)) / (2 * found.z_sd)
         distances = {"sd of z": abs(found.z_sd - frozen.z_sd) / error}
         for level, value, expected in zip(LEVELS, found[1:3], frozen[1:3], strict=True):
             trials = self.effective_trials(level)
@@ -215,7 +233,7 @@ CHECKS: tuple[Check, ...] = (
         "T10",
         "calibration of a mean-field softmax head, 200 data sets",
         check_smoke,
-        (NARROW, REUSED, NOISE_TIMES_07, KL_TWICE, PRIOR_TWICE_AS_WIDE, LABELS_ROLLED),
+        (NARROW, REUSED, NOISE_TIMES_07, KL_TWICE, LABELS_ROLLED),
     ),
     Check("T10", "calibration of softmax heads, by family", check_families, (NARROW,), full=True),
 )

@@ -18,6 +18,9 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from bayesnet.battery import faults
+from bayesnet.battery.base import Check, Fault, Findings, Outcome
+from bayesnet.battery.seeding import seeded
 from bayesnet.data import DataConfig, ImageData, Preprocessing, folder, load_data
 from bayesnet.engine import Engine
 from bayesnet.inference.base import Parts
@@ -27,9 +30,6 @@ from bayesnet.inference.low_rank import LowRankGuide
 from bayesnet.inference.matrix_normal import MatrixNormalGuide
 from bayesnet.inference.mean_field import MeanField, MeanFieldConfig, MeanFieldGuide
 from bayesnet.predictive import Predictor
-from bayesnet.selftest import faults
-from bayesnet.selftest.base import Check, Fault, Findings, Outcome
-from bayesnet.selftest.seeding import seeded
 from bayesnet.testing import FlattenBackbone
 
 NUM_CLASSES, NUM_COLUMNS, NUM_DRAWS = 3, 5, 200

@@ -28,6 +28,10 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ExponentialLR
 
+from bayesnet.battery import faults
+from bayesnet.battery.base import Check, Fault, Findings, Outcome
+from bayesnet.battery.linear_gaussian import Program, Regressions, averaged, regressions
+from bayesnet.battery.seeding import seeded
 from bayesnet.elbo import trace_elbo
 from bayesnet.inference import full_rank
 from bayesnet.inference.full_rank import FullRankGuide
@@ -35,10 +39,6 @@ from bayesnet.inference.gaussian_weight import WeightGuide, covariance_factor
 from bayesnet.inference.low_rank import LowRankGuide, LowRankWeight
 from bayesnet.inference.matrix_normal import MatrixNormalGuide, MatrixNormalWeight
 from bayesnet.inference.mean_field import MeanFieldGuide
-from bayesnet.selftest import faults
-from bayesnet.selftest.base import Check, Fault, Findings, Outcome
-from bayesnet.selftest.linear_gaussian import Program, Regressions, averaged, regressions
-from bayesnet.selftest.seeding import seeded
 
 NUM_STEPS, NUM_PARTICLES, PEAK_RATE, LAST_RATE = 400, 256, 0.3, 3e-4
 MEAN_BOUND, SCALE_BOUND, GAP_BOUND = 0.1, 0.03, 0.02

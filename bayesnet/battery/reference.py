@@ -51,9 +51,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayesnet.inference.base import GaussianHeadPosterior, Posterior
-from bayesnet.selftest.base import Check, Fault, Findings, Outcome
-from bayesnet.selftest.fitted import (
+from bayesnet.battery.base import Check, Fault, Findings, Outcome
+from bayesnet.battery.fitted import (
     KL_TWICE,
     MEAN_LOGITS,
     NARROW_DRAWS,
@@ -62,8 +61,9 @@ from bayesnet.selftest.fitted import (
     PRIOR_TWICE_AS_WIDE,
     fit,
 )
-from bayesnet.selftest.seeding import seeded
-from bayesnet.selftest.stored_draws import Reference, load
+from bayesnet.battery.seeding import seeded
+from bayesnet.battery.stored_draws import Reference, load
+from bayesnet.inference.base import GaussianHeadPosterior, Posterior
 
 NUM_DRAWS = 4000
 NUM_WEIGHT_DRAWS = 1000

@@ -11,12 +11,12 @@ from unittest import mock
 
 from torch import Tensor
 
+from bayesnet.battery import faults
+from bayesnet.battery.base import Check, Fault, Findings, Outcome
+from bayesnet.battery.seeding import seeded
 from bayesnet.inference import FAMILIES, base, draw_table
 from bayesnet.inference.base import Family, GaussianHeadPosterior, HeadPosterior
 from bayesnet.inference.mean_field import MeanField
-from bayesnet.selftest import faults
-from bayesnet.selftest.base import Check, Fault, Findings, Outcome
-from bayesnet.selftest.seeding import seeded
 from bayesnet.testing import CHECKS as CONTRACT
 from bayesnet.types import Loss
 

@@ -50,6 +50,12 @@ from torch import Tensor
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ExponentialLR
 
+from bayesnet.battery.base import Z_BOUND, Check, Fault, Findings, Outcome, largest
+from bayesnet.battery.faults import KL_TIMES_2
+from bayesnet.battery.fitted import KL_TWICE, NARROW_MOMENTS, OTHER_LABELS, PRIOR_TWICE_AS_WIDE, fit
+from bayesnet.battery.linear_gaussian import averaged
+from bayesnet.battery.logistic import DIFFERENCES, PRIOR_VARIANCE, Moments, elbo, of_weights, problem, truth
+from bayesnet.battery.seeding import seeded
 from bayesnet.convergence import mcse_mean
 from bayesnet.elbo import trace_elbo
 from bayesnet.inference import FAMILIES, nuts_sampler
@@ -59,12 +65,6 @@ from bayesnet.inference.laplace import Laplace
 from bayesnet.inference.mean_field import MeanFieldGuide
 from bayesnet.inference.nuts_sampler import Chains, HeadTarget, sample_head
 from bayesnet.model import LABEL, WEIGHT, BayesianHead
-from bayesnet.selftest.base import Z_BOUND, Check, Fault, Findings, Outcome, largest
-from bayesnet.selftest.faults import KL_TIMES_2
-from bayesnet.selftest.fitted import KL_TWICE, NARROW_MOMENTS, OTHER_LABELS, PRIOR_TWICE_AS_WIDE, fit
-from bayesnet.selftest.linear_gaussian import averaged
-from bayesnet.selftest.logistic import DIFFERENCES, PRIOR_VARIANCE, Moments, elbo, of_weights, problem, truth
-from bayesnet.selftest.seeding import seeded
 
 MEAN_BOUND = 0.15
 EXCESS_BOUND = 1e-4
