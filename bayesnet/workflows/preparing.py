@@ -94,8 +94,8 @@ def with_source(settings: Settings, user: UserCode, listener: TrainListener) -> 
         raise CheckpointError("the run's backbone is not a network of its own", where=path, hint=hint)
     channels, height, width = trained.preprocessing.shape
     listener.on_note(
-        f"Backbone and preprocessing are those of {head.backbone}: {backbone.name}, images of {height} x {width} pixels "
-        f"in {channels} channel{'s' * (channels > 1)}."
+        f"Backbone and preprocessing are those of {head.backbone}: {backbone.name}, images of {height} x {width} "
+        f"pixels in {channels} channel{'s' * (channels > 1)}."
     )
     head = replace(head, backbone=str(run.path.absolute()))
     return replace(settings, head=head, backbone=backbone), trained.preprocessing
