@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from scipy.stats import t as student_t
 
 import bayesnet
+from bayesnet.settings import resolve_settings
 
 TWIN = "deterministic"
 TEMPERED = ("mean_field", "matrix_normal", "low_rank", "full_rank", "vbll", "mean_field_all")
@@ -63,7 +64,7 @@ def main() -> None:
         Job(family, temperature, seed)
         for seed in range(arguments.seeds)
         for family in families
-        for temperature in (temperatures if family in TEMPERED else [1.0])
+        for temperature in temperatures_of(family, arguments.data, temperatures)
     ]
     arguments.work.mkdir(parents=True, exist_ok=True)
     position, count = (int(part) for part in arguments.worker.split("/"))
@@ -74,6 +75,14 @@ def main() -> None:
         bench(family, arguments)
     if all((arguments.work / f"{job.name}.json").exists() for job in jobs):
         write(arguments, {job: run(job, arguments) for job in jobs}, families)
+
+
+def temperatures_of(family: str, data: str, asked: Sequence[float]) -> Sequence[float]:
+    """Return those that a family is trained at: what is asked, or 1 and its recipe's own where that has one."""
+    if family not in TEMPERED:
+        return (1.0,)
+    own = resolve_settings(data=data, family=family).training.temperature
+    return asked if own == 1 else (1.0, own)
 
 
 def run(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -176,7 +185,9 @@ def write(arguments: argparse.Namespace, records: dict[Job, dict[str, Any]], fam
         f"{data['num_train']} training, {data['num_validation']} validation and {data['num_test']} test images. Mean ± "
         "standard deviation over seeds; differences in test NLL are to the twin, paired by seed, with 95 % t intervals "
         "over seeds (same test images: they speak of these images). T is the posterior temperature, chosen by mean "
-        "validation NLL among " + arguments.temperatures + ". The last column is the time of a training step over the "
+        "validation NLL among "
+        + arguments.temperatures
+        + " (and a recipe's own, where it has one). The last column is the time of a training step over the "
         "twin's, interleaved, with the 95 % interval over rounds.",
         "",
         "| family | accuracy | NLL, T = 1 | T | NLL at T | NLL at T - twin | step / twin's |",

@@ -152,7 +152,7 @@ def assert_same_end(left: Path, right: Path) -> None:
     assert [name for name, tensor in one.tensors.items() if not torch.equal(tensor, two.tensors[name])] == []
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_20_of_20_interruptions_at_random_steps_end_bit_equal(tmp_path: Path, workers: int) -> None:
     """Every option on: parameters, optimizers, random state, logged losses, sample order and augmentation agree.
 

@@ -335,7 +335,10 @@ def test_the_cost_grows_with_chains_rows_and_weights() -> None:
         ({"warmup": 0}, "must be at least 1 (inference.warmup = 0)"),
         ({"draws": 3}, "must be at least 4 (inference.draws = 3)"),
         ({"max_draws": 0}, "must be at least 1 (inference.max_draws = 0)"),
-        ({"draws": 10}, "must be at most chains x draws = 40 (inference.max_draws = 256)"),
+        (
+            {"draws": 10},
+            "must be at most chains x draws = 40 (inference.max_draws = 256): set inference.max_draws = 40, or draw more",
+        ),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, int], message: str) -> None:

@@ -35,7 +35,16 @@ def train(backbone: str, folder: Path, out: Path, *overrides: str, weights: str 
     return RunDirectory.open(out)
 
 
-@pytest.mark.parametrize("name", [*BACKBONES, "torchvision:squeezenet1_1"])
+LARGE = ("resnet34", "resnet50")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in BACKBONES),
+        "torchvision:squeezenet1_1",
+    ],
+)
 def test_every_backbone_trains_an_epoch_and_predicts(name: str, folder_data: Path, tmp_path: Path) -> None:
     size = "data.image_size=32" if name.startswith("torchvision:") else "data.image_size=8"
     run = train(name, folder_data, tmp_path / "run", size)

@@ -194,7 +194,7 @@ def test_a_kill_after_training_loses_nothing(
 ) -> None:
     """Between fit and finalize, and between the checkpoint of the whole and the summary's end."""
 
-    def crash(*arguments: object) -> None:
+    def crash(*arguments: object, **named: object) -> None:
         raise RuntimeError("pulled the plug")
 
     with monkeypatch.context() as patch:
