@@ -337,7 +337,8 @@ def test_the_cost_grows_with_chains_rows_and_weights() -> None:
         ({"max_draws": 0}, "must be at least 1 (inference.max_draws = 0)"),
         (
             {"draws": 10},
-            "must be at most chains x draws = 40 (inference.max_draws = 256): set inference.max_draws = 40, or draw more",
+            "must be at most chains x draws = 40 (inference.max_draws = 256): "
+            "set inference.max_draws = 40, or draw more",
         ),
     ],
 )

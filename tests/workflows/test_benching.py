@@ -71,17 +71,9 @@ def test_what_is_timed(calibrated_run: Path, measured: list[dict[str, Any]], mon
     chunks: list[tuple[type, int, int, torch.Size]] = []
     train_step, log_probabilities = Engine.train_step, Predictor.log_probabilities
 
-    def spy_step(
-        self: Engine,
-        posterior: Any,
-        optimizers: Any,
-        x_BCHW: Any,
-        y_B: Any,
-        *,
-        plan: Any,  # noqa: ANN401
-    ) -> object:
+    def spy_step(self: Engine, posterior: Any, optimizers: Any, x_BCHW: Any, *rest: Any, **plan: Any) -> object:  # noqa: ANN401
         steps.append((type(posterior), id(posterior), x_BCHW.shape))
-        return train_step(self, posterior, optimizers, x_BCHW, y_B, plan=plan)
+        return train_step(self, posterior, optimizers, x_BCHW, *rest, **plan)
 
     def spy_chunk(self: Predictor, x_BCHW: torch.Tensor) -> torch.Tensor:
         chunks.append((type(self.posterior), id(self.posterior), self.num_samples, x_BCHW.shape))
