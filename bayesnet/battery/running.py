@@ -30,7 +30,7 @@ MODULES = (
 )
 """Modules of this package whose CHECKS make the battery."""
 
-FROZEN = ("T6", "T7", "T8", "T10", "T28")
+FROZEN = ("T6", "T7", "T8", "T28")
 """Tests whose regions were frozen from measurement at seed 0 and hold for it alone: no other seed is tried on them."""
 
 OnCheck = Callable[[Check, int, int], None]
