@@ -92,7 +92,14 @@ GUIDES: dict[str, Callable[[Parts, GuideConfig], Posterior]] = {
 }
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+SLOW_TRAINING = [
+    pytest.param(check, marks=[pytest.mark.slow] if check is check_scale_is_fitted else [], id=check.__name__)
+    for check in CHECKS
+]
+"""The checks for variants of a family: training them at two initial scales is left to the slow tests."""
+
+
+@pytest.mark.parametrize("check", SLOW_TRAINING)
 @pytest.mark.parametrize("name", list(GUIDES))
 def test_a_family_of_any_guide_conforms(name: str, check: Check) -> None:
     check(guide.FAMILY._replace(build=GUIDES[name]))

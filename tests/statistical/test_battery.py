@@ -21,7 +21,9 @@ CONTROLS = [(check, fault) for check in CHECKS for fault in check.faults]
 
 
 def marks(check: Check) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.nightly] if check.full else []
+    if check.full:
+        return [pytest.mark.nightly]
+    return [pytest.mark.slow] if check.name.startswith("nuts ") or check.id in ("T10", "T11") else []
 
 
 def control_marks(check: Check) -> list[pytest.MarkDecorator]:
