@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bayesnet.backbones import num_features
 from bayesnet.inference.draw_table import TABLE_SIZE, normal_table, table_prefix
 from bayesnet.inference.learned_prior import LearnedPrior
-from bayesnet.model import BayesianClassifier, BayesianHead, linear_logits
+from bayesnet.model import BayesianClassifier, BayesianHead, PriorName, linear_logits
 from bayesnet.types import JsonObject, LogitGaussian, Loss
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -53,6 +53,23 @@ class Parts(NamedTuple):
     def num_features(self) -> int:
         """D, the number of features of the backbone."""
         return num_features(self.backbone)
+
+    def classifier(
+        self, prior_scale: float = 1.0, prior_bias_scale: float = 1.0, prior: PriorName = "normal"
+    ) -> BayesianClassifier:
+        """Return the generative model of these parts: the backbone, and a head with this prior.
+
+        Raises:
+            ConfigError: A scale is not positive and finite.
+        """
+        return BayesianClassifier(
+            self.backbone,
+            self.num_classes,
+            self.num_examples,
+            prior_scale=prior_scale,
+            prior_bias_scale=prior_bias_scale,
+            prior=prior,
+        )
 
 
 class FinalizeCost(NamedTuple):
@@ -195,11 +212,14 @@ class GaussianHeadPosterior(HeadPosterior):
         model: The generative model, backbone and head.
         rank: R, columns of the low-rank factor in the logits' Gaussian.
         table_seed: Seed of the fixed table of draws.
+        learned_prior: Of the model's head, where its prior is learned with the posterior.
     """
 
-    def __init__(self, model: BayesianClassifier, *, rank: int, table_seed: int) -> None:
+    def __init__(
+        self, model: BayesianClassifier, *, rank: int, table_seed: int, learned_prior: LearnedPrior | None = None
+    ) -> None:
         super().__init__(model)
-        self.learned_prior: LearnedPrior | None = None
+        self.learned_prior = learned_prior
         self.register_buffer("table_SE", normal_table(TABLE_SIZE, self.num_classes + rank, seed=table_seed))
 
     @property

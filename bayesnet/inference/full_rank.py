@@ -18,7 +18,6 @@ Reference: Challis and Barber 2013, "Gaussian Kullback-Leibler approximate infer
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,15 +28,14 @@ from bayesnet.config import require
 from bayesnet.inference.base import Family, Parts, Posterior, Start, no_finalize
 from bayesnet.inference.gaussian_weight import (
     GaussianWeight,
+    GaussianWeightConfig,
     GaussianWeightPosterior,
     WeightGuide,
     covariance_factor,
     require_fits,
     with_ones,
 )
-from bayesnet.inference.learned_prior import learned_prior
 from bayesnet.inference.mean_field import MeanField
-from bayesnet.model import BayesianClassifier
 from bayesnet.types import LogitGaussian
 
 MAX_CLASSES = 100
@@ -48,31 +46,16 @@ JITTER = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullRankConfig:
+class FullRankConfig(GaussianWeightConfig):
     """Settings of the full-rank head.
 
     Attributes:
         family: The name, "full_rank".
-        prior_scale: Prior standard deviation of the weights.
-        prior_bias_scale: Prior standard deviation of the biases.
-        learn_prior: Whether the weights' prior standard deviation is learned with the posterior (closed-form EM).
-        prior_scale_floor: Lowest prior standard deviation that can be learned.
-        initial_scale: Posterior standard deviation at the start, as a fraction of the prior's.
         start: "mean_field" trains the mean-field posterior first and starts at its optimum; "scratch" does not.
-        estimator: "local" samples logits per image, "weight" one weight per batch; same mean.
     """
 
     family: str = "full_rank"
-    prior_scale: float = 1.0
-    prior_bias_scale: float = 1.0
-    learn_prior: bool = False
-    prior_scale_floor: float = 0.01
-    initial_scale: float = 0.2
     start: Literal["mean_field", "scratch"] = "mean_field"
-    estimator: Literal["local", "weight"] = "local"
-
-    def __post_init__(self) -> None:
-        require(0 < self.initial_scale < math.inf, "must be positive and finite", where="inference.initial_scale")
 
 
 class FullRankWeight(GaussianWeight):
@@ -154,18 +137,7 @@ class FullRank(GaussianWeightPosterior):
         what = f"a covariance per image of {num_classes} logits, of {MAX_CLASSES} at most"
         require(num_classes <= MAX_CLASSES, what, where="inference.family = full_rank", hint=hint)
         require_fits("full_rank", num_weights**2, f"a covariance of {num_weights:,} weights", hint=hint)
-        model = BayesianClassifier(
-            parts.backbone,
-            num_classes,
-            parts.num_examples,
-            prior_scale=config.prior_scale,
-            prior_bias_scale=config.prior_bias_scale,
-        )
-        guide = FullRankGuide(model.head.prior_scale, config.initial_scale)
-        super().__init__(model, guide, rank=num_classes, estimator=config.estimator, table_seed=parts.table_seed)
-        self.learned_prior = learned_prior(
-            learn=config.learn_prior, initial=config.prior_scale, floor=config.prior_scale_floor
-        )
+        super().__init__(parts, config, FullRankGuide, rank=num_classes)
 
 
 @torch.no_grad()

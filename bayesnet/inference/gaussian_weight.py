@@ -14,7 +14,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import pyro
@@ -27,8 +28,9 @@ from torch.distributions.constraints import Constraint
 
 from bayesnet.config import require
 from bayesnet.elbo import local_loss, weight_space_loss
-from bayesnet.inference.base import GaussianHeadPosterior
-from bayesnet.model import WEIGHT, BayesianClassifier
+from bayesnet.inference.base import GaussianHeadPosterior, Parts
+from bayesnet.inference.learned_prior import GaussianConfig, learned_prior
+from bayesnet.model import WEIGHT
 from bayesnet.types import LogitGaussian, Loss
 
 MAX_PARAMETERS = 2**26
@@ -181,29 +183,39 @@ class WeightGuide(PyroModule):
         return self.distribution().rsample((num_samples,))
 
 
+@dataclass(frozen=True, kw_only=True)
+class GaussianWeightConfig(GaussianConfig):
+    """Settings of a head whose posterior is one Gaussian.
+
+    Attributes:
+        estimator: "local" samples logits per image, "weight" one weight per batch; same mean.
+    """
+
+    estimator: Literal["local", "weight"] = "local"
+
+
 class GaussianWeightPosterior(GaussianHeadPosterior):
     """Backbone, generative head with a normal prior, and a guide that is one Gaussian.
 
     Args:
-        model: The generative model, backbone and head.
-        guide: The guide over its head's weight.
+        parts: Backbone and sizes.
+        config: Settings.
+        new_guide: From the prior's standard deviations (K, D + 1) and ``initial_scale`` to the guide.
         rank: R, columns of the factor in the logits' Gaussian.
-        estimator: "local" samples logits per image, "weight" one weight per batch; same mean.
-        table_seed: Seed of the fixed table of draws.
     """
 
     def __init__(
         self,
-        model: BayesianClassifier,
-        guide: WeightGuide,
+        parts: Parts,
+        config: GaussianWeightConfig,
+        new_guide: Callable[[Tensor, float], WeightGuide],
         *,
         rank: int,
-        estimator: Literal["local", "weight"],
-        table_seed: int,
     ) -> None:
-        super().__init__(model, rank=rank, table_seed=table_seed)
-        self.guide = guide
-        self.estimator = estimator
+        model = parts.classifier(config.prior_scale, config.prior_bias_scale)
+        super().__init__(model, rank=rank, table_seed=parts.table_seed, learned_prior=learned_prior(config))
+        self.guide = new_guide(model.head.prior_scale, config.initial_scale)
+        self.estimator = config.estimator
 
     @property
     def head(self) -> WeightGuide:

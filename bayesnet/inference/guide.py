@@ -39,7 +39,7 @@ from bayesnet.errors import ConfigError
 from bayesnet.inference.base import Family, GuideFactory, HeadPosterior, Parts, Posterior, no_finalize
 from bayesnet.inference.draw_table import TABLE_SIZE
 from bayesnet.inference.guide_module import GuideModule, make_guide
-from bayesnet.model import WEIGHT, BayesianClassifier, PriorName
+from bayesnet.model import WEIGHT, PriorName
 from bayesnet.types import Loss
 
 CUSTOM = "custom"
@@ -95,16 +95,7 @@ class GuidePosterior(HeadPosterior):
     """
 
     def __init__(self, parts: Parts, config: GuideConfig) -> None:
-        super().__init__(
-            BayesianClassifier(
-                parts.backbone,
-                parts.num_classes,
-                parts.num_examples,
-                prior_scale=config.prior_scale,
-                prior_bias_scale=config.prior_bias_scale,
-                prior=config.prior,
-            )
-        )
+        super().__init__(parts.classifier(config.prior_scale, config.prior_bias_scale, config.prior))
         head = self.model.head
         self.guide = make_guide(_stock_factory(parts, config) if config.guide != CUSTOM else _own(parts), head)
         self._is_stock = type(self.guide.owner) in STOCK_GUIDES.values()

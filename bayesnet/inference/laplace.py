@@ -42,7 +42,7 @@ from bayesnet.inference.base import Batches, Family, FinalizeCost, GaussianHeadP
 from bayesnet.inference.laplace_evidence import PriorFit, best_precision, log_evidence, num_effective
 from bayesnet.inference.laplace_predictive import PREDICTIVES, in_float64
 from bayesnet.inference.laplace_structures import STRUCTURES, Cost, Covariance, StructureName, cost, require_fits
-from bayesnet.model import BayesianClassifier, linear_logits
+from bayesnet.model import linear_logits
 from bayesnet.types import JsonObject, LogitGaussian, Loss
 
 UNFITTED_FRACTION = 0.01
@@ -116,13 +116,7 @@ class Laplace(GaussianHeadPosterior):
 
     def __init__(self, parts: Parts, config: LaplaceConfig) -> None:
         require_fits(config.structure, parts.num_classes, parts.num_features)
-        model = BayesianClassifier(
-            parts.backbone,
-            parts.num_classes,
-            parts.num_examples,
-            prior_scale=config.prior_scale,
-            prior_bias_scale=config.prior_bias_scale,
-        )
+        model = parts.classifier(config.prior_scale, config.prior_bias_scale)
         rank = 0 if config.structure == "diagonal" else parts.num_classes
         super().__init__(model, rank=rank, table_seed=parts.table_seed)
         self.last_layer = LaplaceHead(model.head.prior_scale, config.structure)

@@ -13,6 +13,7 @@ Cost: one mean over K D numbers per step. Reference: MacKay 1992, "Bayesian inte
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +26,32 @@ RATE = 0.1
 """How far a training step moves the prior's variance towards its optimum, as a share."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class GaussianConfig:
+    """Settings that the Gaussian heads which are fitted by a bound have in common.
+
+    Attributes:
+        family: Its name.
+        prior_scale: Prior standard deviation of the weights.
+        prior_bias_scale: Prior standard deviation of the biases.
+        learn_prior: Whether the weights' prior standard deviation is learned with the posterior (closed-form EM).
+        prior_scale_floor: Lowest prior standard deviation that can be learned.
+        initial_scale: Posterior standard deviation at the start, as a fraction of the prior's.
+    """
+
+    family: str
+    prior_scale: float = 1.0
+    prior_bias_scale: float = 1.0
+    learn_prior: bool = False
+    prior_scale_floor: float = 0.01
+    initial_scale: float = 0.2
+
+    def __post_init__(self) -> None:
+        require(0 < self.initial_scale < math.inf, "must be positive and finite", where="inference.initial_scale")
+        where = f"inference.prior_scale_floor = {self.prior_scale_floor}"
+        require(0 < self.prior_scale_floor < math.inf, "must be positive and finite", where=where)
+
+
 class LearnedPrior:
     """The normal prior of a head, learned while its posterior trains.
 
@@ -33,13 +60,12 @@ class LearnedPrior:
         floor: Lowest standard deviation that can be learned.
 
     Raises:
-        ConfigError: The floor is not positive, or above the start.
+        ConfigError: The floor is above the start.
     """
 
     def __init__(self, initial: float, floor: float) -> None:
-        where = f"inference.prior_scale_floor = {floor}"
-        require(0 < floor < math.inf, "must be positive and finite", where=where)
-        require(floor <= initial, f"exceeds inference.prior_scale = {initial}", where=where)
+        what = f"exceeds inference.prior_scale = {initial}"
+        require(floor <= initial, what, where=f"inference.prior_scale_floor = {floor}")
         self.initial, self.floor = initial, floor
 
     @torch.no_grad()
@@ -61,8 +87,6 @@ class LearnedPrior:
         return {"prior_scale": {"initial": self.initial, "final": float(head.prior_scale[0, 0]), "floor": self.floor}}
 
 
-def learned_prior(*, learn: bool, initial: float, floor: float) -> LearnedPrior | None:
-    """Return the learned prior that a family's settings ask for, or None; the floor is checked in either case."""
-    where = f"inference.prior_scale_floor = {floor}"
-    require(0 < floor < math.inf, "must be positive and finite", where=where)
-    return LearnedPrior(initial, floor) if learn else None
+def learned_prior(config: GaussianConfig) -> LearnedPrior | None:
+    """Return the learned prior that a head's settings ask for, or None."""
+    return LearnedPrior(config.prior_scale, config.prior_scale_floor) if config.learn_prior else None

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,12 @@ from bayesnet.config import require
 from bayesnet.inference.base import Family, Parts, Posterior, no_finalize
 from bayesnet.inference.gaussian_weight import (
     GaussianWeight,
+    GaussianWeightConfig,
     GaussianWeightPosterior,
     WeightGuide,
     require_fits,
     with_ones,
 )
-from bayesnet.inference.learned_prior import learned_prior
-from bayesnet.model import BayesianClassifier
 from bayesnet.types import LogitGaussian
 
 INITIAL_LENGTH = 0.5
@@ -40,32 +39,20 @@ INITIAL_LENGTH = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankConfig:
+class LowRankConfig(GaussianWeightConfig):
     """Settings of the low-rank head.
 
     Attributes:
         family: The name, "low_rank".
         rank: R, directions that the weights share.
-        prior_scale: Prior standard deviation of the weights.
-        prior_bias_scale: Prior standard deviation of the biases.
-        learn_prior: Whether the weights' prior standard deviation is learned with the posterior (closed-form EM).
-        prior_scale_floor: Lowest prior standard deviation that can be learned.
-        initial_scale: Posterior standard deviation at the start, as a fraction of the prior's.
-        estimator: "local" samples logits per image, "weight" one weight per batch; same mean.
     """
 
     family: str = "low_rank"
     rank: int = 8
-    prior_scale: float = 1.0
-    prior_bias_scale: float = 1.0
-    learn_prior: bool = False
-    prior_scale_floor: float = 0.01
-    initial_scale: float = 0.2
-    estimator: Literal["local", "weight"] = "local"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.rank >= 1, "must be at least 1", where=f"inference.rank = {self.rank}")
-        require(0 < self.initial_scale < math.inf, "must be positive and finite", where="inference.initial_scale")
 
 
 class LowRankWeight(GaussianWeight):
@@ -148,18 +135,7 @@ class LowRank(GaussianWeightPosterior):
         require(config.rank <= num_weights, f"more directions than the head's {num_weights} weights", where=where)
         what = f"rank {config.rank} for {num_weights:,} weights"
         require_fits("low_rank", num_weights * (config.rank + 2), what, hint="lower inference.rank, or use mean_field")
-        model = BayesianClassifier(
-            parts.backbone,
-            parts.num_classes,
-            parts.num_examples,
-            prior_scale=config.prior_scale,
-            prior_bias_scale=config.prior_bias_scale,
-        )
-        guide = LowRankGuide(model.head.prior_scale, config.initial_scale, config.rank)
-        super().__init__(model, guide, rank=config.rank, estimator=config.estimator, table_seed=parts.table_seed)
-        self.learned_prior = learned_prior(
-            learn=config.learn_prior, initial=config.prior_scale, floor=config.prior_scale_floor
-        )
+        super().__init__(parts, config, partial(LowRankGuide, rank=config.rank), rank=config.rank)
 
 
 def build(parts: Parts, config: LowRankConfig) -> Posterior:

@@ -18,54 +18,35 @@ posteriors", arXiv:1603.04733.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from bayesnet import elbo
-from bayesnet.config import require
 from bayesnet.inference.base import Family, Parts, Posterior, no_finalize
 from bayesnet.inference.draw_table import table_prefix
 from bayesnet.inference.gaussian_weight import (
     GaussianWeight,
+    GaussianWeightConfig,
     GaussianWeightPosterior,
     WeightGuide,
     covariance_factor,
     require_fits,
     with_ones,
 )
-from bayesnet.inference.learned_prior import learned_prior
-from bayesnet.model import BayesianClassifier
 from bayesnet.types import LogitGaussian, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatrixNormalConfig:
+class MatrixNormalConfig(GaussianWeightConfig):
     """Settings of the matrix-normal head.
 
     Attributes:
         family: The name, "matrix_normal".
-        prior_scale: Prior standard deviation of the weights.
-        prior_bias_scale: Prior standard deviation of the biases.
-        learn_prior: Whether the weights' prior standard deviation is learned with the posterior (closed-form EM).
-        prior_scale_floor: Lowest prior standard deviation that can be learned.
-        initial_scale: Posterior standard deviation at the start, as a fraction of the prior's.
-        estimator: "local" samples logits per image, "weight" one weight per batch; same mean.
     """
 
     family: str = "matrix_normal"
-    prior_scale: float = 1.0
-    prior_bias_scale: float = 1.0
-    learn_prior: bool = False
-    prior_scale_floor: float = 0.01
-    initial_scale: float = 0.2
-    estimator: Literal["local", "weight"] = "local"
-
-    def __post_init__(self) -> None:
-        require(0 < self.initial_scale < math.inf, "must be positive and finite", where="inference.initial_scale")
 
 
 class MatrixNormalWeight(GaussianWeight):
@@ -151,18 +132,7 @@ class MatrixNormal(GaussianWeightPosterior):
         num_parameters = num_columns**2 + num_classes**2 + num_classes * num_columns
         what = f"one covariance of {num_columns:,} features and one of {num_classes:,} classes"
         require_fits("matrix_normal", num_parameters, what, hint="use low_rank or mean_field")
-        model = BayesianClassifier(
-            parts.backbone,
-            num_classes,
-            parts.num_examples,
-            prior_scale=config.prior_scale,
-            prior_bias_scale=config.prior_bias_scale,
-        )
-        guide = MatrixNormalGuide(model.head.prior_scale, config.initial_scale)
-        super().__init__(model, guide, rank=num_classes, estimator=config.estimator, table_seed=parts.table_seed)
-        self.learned_prior = learned_prior(
-            learn=config.learn_prior, initial=config.prior_scale, floor=config.prior_scale_floor
-        )
+        super().__init__(parts, config, MatrixNormalGuide, rank=num_classes)
 
     def local_loss(self, features_BD: Tensor, y: Tensor) -> Loss:
         """Return the negative ELBO per example; the noise is mixed once by A, not by a factor per image."""

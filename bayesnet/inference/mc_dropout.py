@@ -33,7 +33,6 @@ from bayesnet.elbo import cross_entropy
 from bayesnet.errors import ConfigError
 from bayesnet.inference.base import Family, HeadPosterior, Parts, Posterior, no_finalize
 from bayesnet.inference.draw_table import TABLE_SIZE
-from bayesnet.model import BayesianClassifier
 from bayesnet.types import Loss
 
 ELEMENTWISE = (nn.Dropout,)
@@ -105,7 +104,7 @@ class HeadDropout(HeadPosterior):
     """
 
     def __init__(self, parts: Parts, config: MCDropoutConfig) -> None:
-        super().__init__(BayesianClassifier(parts.backbone, parts.num_classes, parts.num_examples))
+        super().__init__(parts.classifier())
         self.dropout_head = DropoutHead(parts.num_features, parts.num_classes, config.rate, parts.table_seed)
 
     @property

@@ -13,7 +13,6 @@ Reference: Graves 2011, "Practical variational inference for neural networks"; l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -27,37 +26,24 @@ from torch import Tensor, nn
 from bayesnet.config import require
 from bayesnet.elbo import closed_form_divergence, divergence_or_draw, local_loss, weight_space_loss
 from bayesnet.inference.base import Family, GaussianHeadPosterior, Parts, Posterior, no_finalize
-from bayesnet.inference.learned_prior import learned_prior
-from bayesnet.model import WEIGHT, BayesianClassifier, PriorName
+from bayesnet.inference.learned_prior import GaussianConfig, learned_prior
+from bayesnet.model import WEIGHT, PriorName
 from bayesnet.types import LogitGaussian, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanFieldConfig:
+class MeanFieldConfig(GaussianConfig):
     """Settings of the mean-field head.
 
     Attributes:
         family: The name, "mean_field".
         prior: "normal", "laplace" or "student_t" (4 degrees of freedom).
-        prior_scale: Prior scale of the weights: the standard deviation of the normal prior.
-        prior_bias_scale: Prior scale of the biases.
-        learn_prior: Whether the weights' prior standard deviation is learned with the posterior (closed-form EM).
-        prior_scale_floor: Lowest prior standard deviation that can be learned.
-        initial_scale: Posterior standard deviation at the start, as a fraction of the prior's scale.
         estimator: "local" samples logits per image, "weight" one weight per batch; same mean.
     """
 
     family: str = "mean_field"
     prior: PriorName = "normal"
-    prior_scale: float = 1.0
-    prior_bias_scale: float = 1.0
-    learn_prior: bool = False
-    prior_scale_floor: float = 0.01
-    initial_scale: float = 0.2
     estimator: Literal["local", "weight"] = "local"
-
-    def __post_init__(self) -> None:
-        require(0 < self.initial_scale < math.inf, "must be positive and finite", where="inference.initial_scale")
 
 
 class MeanFieldGuide(PyroModule):
@@ -113,23 +99,13 @@ class MeanField(GaussianHeadPosterior):
     """
 
     def __init__(self, parts: Parts, config: MeanFieldConfig) -> None:
-        model = BayesianClassifier(
-            parts.backbone,
-            parts.num_classes,
-            parts.num_examples,
-            prior_scale=config.prior_scale,
-            prior_bias_scale=config.prior_bias_scale,
-            prior=config.prior,
-        )
-        super().__init__(model, rank=0, table_seed=parts.table_seed)
+        model = parts.classifier(config.prior_scale, config.prior_bias_scale, config.prior)
+        super().__init__(model, rank=0, table_seed=parts.table_seed, learned_prior=learned_prior(config))
         self.guide = MeanFieldGuide(model.head.prior_scale, config.initial_scale)
         self.estimator = config.estimator
         self.prior_is_normal = config.prior == "normal"
         what, hint = "only the normal prior can be learned", "inference.prior = normal"
         require(self.prior_is_normal or not config.learn_prior, what, where="inference.learn_prior", hint=hint)
-        self.learned_prior = learned_prior(
-            learn=config.learn_prior, initial=config.prior_scale, floor=config.prior_scale_floor
-        )
 
     @property
     def head(self) -> MeanFieldGuide:

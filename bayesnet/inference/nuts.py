@@ -27,7 +27,7 @@ from bayesnet.elbo import cross_entropy
 from bayesnet.errors import ConfigError, DivergedError
 from bayesnet.inference.base import Batches, Family, FinalizeCost, HeadPosterior, Parts, Posterior
 from bayesnet.inference.nuts_sampler import Chains, Diagnostics, HeadTarget, diagnose, sample_head
-from bayesnet.model import BayesianClassifier, PriorName, linear_logits
+from bayesnet.model import PriorName, linear_logits
 from bayesnet.types import JsonObject, Loss
 
 MAX_WEIGHTS = 2048
@@ -150,16 +150,7 @@ class Nuts(HeadPosterior):
 
     def __init__(self, parts: Parts, config: NutsConfig) -> None:
         _check_cost(parts, config)
-        super().__init__(
-            BayesianClassifier(
-                parts.backbone,
-                parts.num_classes,
-                parts.num_examples,
-                prior_scale=config.prior_scale,
-                prior_bias_scale=config.prior_bias_scale,
-                prior=config.prior,
-            )
-        )
+        super().__init__(parts.classifier(config.prior_scale, config.prior_bias_scale, config.prior))
         self.config = config
         self.seed = config.seed + parts.table_seed
         self.max_draws = config.max_draws

@@ -42,7 +42,6 @@ from bayesnet.elbo import cross_entropy
 from bayesnet.inference.base import Batches, Family, GaussianHeadPosterior, Parts, Posterior
 from bayesnet.inference.sgd_path import SgdPlan, follow_sgd, shuffled
 from bayesnet.inference.swag_head import SwagHead
-from bayesnet.model import BayesianClassifier
 from bayesnet.types import Loss
 
 MAX_STORED_BYTES = 2**31
@@ -211,7 +210,7 @@ class SwagHeadPosterior(GaussianHeadPosterior):
     """
 
     def __init__(self, parts: Parts, config: SwagConfig) -> None:
-        model = BayesianClassifier(parts.backbone, parts.num_classes, parts.num_examples)
+        model = parts.classifier()
         num_weights = parts.num_classes * (parts.num_features + 1)
         where, hint = f"inference.rank = {config.rank}", "lower it, or use the family laplace"
         _check_size(config.rank + 2, num_weights, where=where, hint=hint)

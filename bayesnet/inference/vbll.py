@@ -22,7 +22,6 @@ Reference: Harrison, Willes and Snoek 2024, "Variational Bayesian last layers", 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -35,9 +34,9 @@ from torch import Tensor, nn
 
 from bayesnet.config import require
 from bayesnet.inference.base import Family, GaussianHeadPosterior, Parts, Posterior, no_finalize
-from bayesnet.inference.learned_prior import learned_prior
+from bayesnet.inference.learned_prior import GaussianConfig, learned_prior
 from bayesnet.inference.mean_field import MeanFieldGuide
-from bayesnet.model import WEIGHT, BayesianClassifier
+from bayesnet.model import WEIGHT
 from bayesnet.types import LogitGaussian, Loss
 
 MAX_COVARIANCE = 2**26
@@ -45,29 +44,16 @@ MAX_COVARIANCE = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
-class VBLLConfig:
+class VBLLConfig(GaussianConfig):
     """Settings of the head trained on the deterministic bound.
 
     Attributes:
         family: The name, "vbll".
         covariance: Of each class's weights, "diagonal" or "dense".
-        prior_scale: Prior standard deviation of the weights.
-        prior_bias_scale: Prior standard deviation of the biases.
-        learn_prior: Whether the weights' prior standard deviation is learned with the posterior (closed-form EM).
-        prior_scale_floor: Lowest prior standard deviation that can be learned.
-        initial_scale: Posterior standard deviation at the start, as a fraction of the prior's.
     """
 
     family: str = "vbll"
     covariance: Literal["diagonal", "dense"] = "diagonal"
-    prior_scale: float = 1.0
-    prior_bias_scale: float = 1.0
-    learn_prior: bool = False
-    prior_scale_floor: float = 0.01
-    initial_scale: float = 0.2
-
-    def __post_init__(self) -> None:
-        require(0 < self.initial_scale < math.inf, "must be positive and finite", where="inference.initial_scale")
 
 
 class DenseGuide(PyroModule):
@@ -145,19 +131,10 @@ class VBLL(GaussianHeadPosterior):
 
     def __init__(self, parts: Parts, config: VBLLConfig) -> None:
         _check_size(parts, config)
-        model = BayesianClassifier(
-            parts.backbone,
-            parts.num_classes,
-            parts.num_examples,
-            prior_scale=config.prior_scale,
-            prior_bias_scale=config.prior_bias_scale,
-        )
-        super().__init__(model, rank=0, table_seed=parts.table_seed)
+        model = parts.classifier(config.prior_scale, config.prior_bias_scale)
+        super().__init__(model, rank=0, table_seed=parts.table_seed, learned_prior=learned_prior(config))
         guide = DenseGuide if config.covariance == "dense" else MeanFieldGuide
         self.guide = guide(model.head.prior_scale, config.initial_scale)
-        self.learned_prior = learned_prior(
-            learn=config.learn_prior, initial=config.prior_scale, floor=config.prior_scale_floor
-        )
 
     @property
     def head(self) -> MeanFieldGuide | DenseGuide:
