@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesnet.data import Examples, Preprocessing
-from bayesnet.data.augment import Augmentation, augment, epoch_draws
+from bayesnet.data.augment import Augmentation, AugmentDraws, augment, epoch_draws
 from bayesnet.data.loading import read_batches
 from bayesnet.data.sampling import balanced_order, epoch_order, mix, mixup_shares, soft_labels
 from bayesnet.engine import Engine
@@ -58,6 +58,42 @@ def batch_bounds(num_examples: int, batch_size: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], num_examples], strict=True))
 
 
+def ordered_batches(
+    data: TrainingData, engine: Engine, *, batch_size: int, seed: int = 0, epoch: int = 0
+) -> Generator[Batch, None, None]:
+    """Yield every image once with its label, in the images' own order.
+
+    Args:
+        data: What to read; its augmentation is drawn as `epoch_batches` draws it.
+        engine: Where the batches go.
+        batch_size: Images per batch.
+        seed: Of the augmentation.
+        epoch: Which draws of the augmentation.
+
+    Raises:
+        DataError: An image cannot be read.
+        DeviceError: A worker process died or hangs.
+    """
+    num, labels_N = len(data.examples), data.examples.labels_N
+    draws = epoch_draws(num, data.augmentation, seed=seed, epoch=epoch)
+    indices = [torch.arange(start, stop) for start, stop in batch_bounds(num, batch_size)]
+    with contextlib.closing(_images(data, engine, draws, [(each, each) for each in indices])) as images:
+        for indices_B, x_BCHW in zip(indices, images, strict=True):
+            yield Batch(x_BCHW, engine.put(labels_N[indices_B]))
+
+
+def _images(
+    data: TrainingData, engine: Engine, draws: AugmentDraws, places: Sequence[tuple[Tensor, Tensor]]
+) -> Generator[Tensor, None, None]:
+    """Yield images (B, C, H, W), read, augmented and normalised, for pairs of their indices and their rows of draws."""
+    with contextlib.closing(read_batches(data.examples, [i for i, _ in places], workers=data.workers)) as pixels:
+        for (_, drawn_B), pixels_BCHW in zip(places, pixels, strict=True):
+            x_BCHW = engine.put(pixels_BCHW)
+            if not data.augmentation.is_identity:
+                x_BCHW = augment(x_BCHW, draws.select(drawn_B).to(engine.device))
+            yield data.preprocessing.normalize(x_BCHW)
+
+
 def epoch_batches(
     data: TrainingData, training: TrainingConfig, engine: Engine, *, epoch: int, bounds: Sequence[tuple[int, int]]
 ) -> Generator[Batch, None, None]:
@@ -83,18 +119,14 @@ def epoch_batches(
     draws = epoch_draws(num, data.augmentation, seed=seed, epoch=epoch)
     share_N = mixup_shares(num, training.mixup, seed=seed, epoch=epoch) if training.mixup else None
     num_classes = int(labels_N.max()) + 1
-    examples = data.examples.for_epoch(seed, epoch)
-    indices = [order_N[start:stop] for start, stop in bounds]
-    with contextlib.closing(read_batches(examples, indices, workers=data.workers)) as pixels:
-        for (start, stop), indices_B, pixels_BCHW in zip(bounds, indices, pixels, strict=True):
-            x_BCHW = engine.put(pixels_BCHW)
-            if not data.augmentation.is_identity:
-                x_BCHW = augment(x_BCHW, draws.select(drawn_N[start:stop]).to(engine.device))
-            x_BCHW = data.preprocessing.normalize(x_BCHW)
+    data = data._replace(examples=data.examples.for_epoch(seed, epoch))
+    places = [(order_N[start:stop], drawn_N[start:stop]) for start, stop in bounds]
+    with contextlib.closing(_images(data, engine, draws, places)) as images:
+        for (indices_B, drawn_B), x_BCHW in zip(places, images, strict=True):
             y = engine.put(labels_N[indices_B])
             if training.label_smoothing or share_N is not None:
                 y = soft_labels(y, num_classes, training.label_smoothing)
             if share_N is not None:
-                share_B = engine.put(share_N[drawn_N[start:stop]])
+                share_B = engine.put(share_N[drawn_B])
                 x_BCHW, y = mix(x_BCHW, share_B), mix(y, share_B)
             yield Batch(x_BCHW, y)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from bayesnet.batches import batch_bounds
+from bayesnet.batches import TrainingData, ordered_batches
 from bayesnet.checkpoint import first_non_finite
 from bayesnet.data import ImageData
-from bayesnet.data.loading import read_batches
+from bayesnet.data.augment import Augmentation
 from bayesnet.engine import Engine
 from bayesnet.errors import DivergedError
 from bayesnet.inference import FAMILIES
@@ -32,18 +31,13 @@ class TrainingImages:
     """
 
     def __init__(self, data: ImageData, settings: Settings, engine: Engine, workers: int | None = None) -> None:
-        self.data, self.engine = data, engine
-        self.workers = settings.data.workers if workers is None else workers
-        self.bounds = batch_bounds(len(data.train), settings.training.batch_size)
+        workers = settings.data.workers if workers is None else workers
+        self.data = TrainingData(data.train, data.preprocessing, Augmentation(), workers)
+        self.engine, self.batch_size = engine, settings.training.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pairs of images (B, C, H, W) and labels (B,) on the device."""
-        train, engine = self.data.train, self.engine
-        indices = [torch.arange(start, stop) for start, stop in self.bounds]
-        with contextlib.closing(read_batches(train, indices, workers=self.workers)) as pixels:
-            for indices_B, pixels_BCHW in zip(indices, pixels, strict=True):
-                x_BCHW = self.data.preprocessing.normalize(engine.put(pixels_BCHW))
-                yield x_BCHW, engine.put(train.labels_N[indices_B])
+        return ordered_batches(self.data, self.engine, batch_size=self.batch_size)
 
 
 def has_finalize(settings: Settings) -> bool:

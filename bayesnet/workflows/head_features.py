@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from bayesnet.backbones.features import StandardizedFeatures
-from bayesnet.batches import batch_bounds
+from bayesnet.batches import TrainingData, ordered_batches
 from bayesnet.checkpoint import load_checkpoint
 from bayesnet.config import require
 from bayesnet.data import Examples, ImageData
-from bayesnet.data.augment import Augmentation, augment, epoch_draws
+from bayesnet.data.augment import Augmentation
 from bayesnet.data.examples import SubsetExamples
 from bayesnet.data.features import FeatureExamples, feature_preprocessing
-from bayesnet.data.loading import read_batches
 from bayesnet.data.sampling import effective_size
 from bayesnet.data.splits import stratified_split
 from bayesnet.errors import CheckpointError, ConfigError
@@ -33,6 +32,8 @@ from bayesnet.training import restore_model
 from bayesnet.workflows.costs import physical_memory, size
 from bayesnet.workflows.fitting import RunContext, Slot, fit_part, model_metadata
 from bayesnet.workflows.trained import new_posterior
+
+NOT_AUGMENTED = Augmentation()
 
 MAX_MEMORY_SHARE = 0.5
 """Most of the machine's memory that stored features may take."""
@@ -75,17 +76,18 @@ def feature_data(
     """
     data, head = context.data, settings.head
     standardized = StandardizedFeatures(backbone).to(context.engine.device).eval()
-    augmentation = None if head.augmented_passes == 0 else Augmentation.from_config(settings.data)
+    backbone = standardized.backbone
     if head.folds:
-        versions = _cross_fitted(name, settings, context, standardized, augmentation)
+        versions = _cross_fitted(name, settings, context, backbone)
     else:
-        versions = _passes(standardized, data.train, settings, context, augmentation)
+        plain = compute_features(backbone, data.train, settings, context)
+        versions = [plain, *_augmented(backbone, data.train, settings, context)]
     if head.standardize:
         standardized.measure(versions[0].to(context.engine.device))
     train, *passes = (_standardize(standardized, each_ND) for each_ND in versions)
-    plain = _passes(standardized, data.validation, settings, context, None)[0]
-    validation = FeatureExamples(_standardize(standardized, plain), data.validation.labels_N)
-    stored = sum(each_ND.nbytes for each_ND in (train, *passes, plain))
+    held_out = _standardize(standardized, compute_features(backbone, data.validation, settings, context))
+    validation = FeatureExamples(held_out, data.validation.labels_N)
+    stored = sum(each_ND.nbytes for each_ND in (train, *passes, held_out))
     times = f", and {len(passes)} augmented passes" if passes else ""
     context.listener.on_note(
         f"Features: {len(train)} training images x {train.shape[1]}{times}, {size(stored)}"
@@ -109,23 +111,6 @@ def _standardize(standardized: StandardizedFeatures, features_ND: Tensor) -> Ten
     return standardized.standardize(features_ND.to(standardized.shift_D.device)).cpu()
 
 
-def _passes(
-    standardized: StandardizedFeatures,
-    examples: Examples,
-    settings: Settings,
-    context: RunContext,
-    augmentation: Augmentation | None,
-) -> list[Tensor]:
-    """Return the backbone's features (N, D) of images as they are, then of each augmented pass."""
-    count = 0 if augmentation is None else settings.head.augmented_passes
-    each: list[tuple[Augmentation, int]] = [(Augmentation(), 0)]
-    each += [(augmentation or Augmentation(), number) for number in range(count)]
-    return [
-        compute_features(standardized.backbone, examples, settings, context, augmentation=how, epoch=epoch)
-        for how, epoch in each
-    ]
-
-
 @torch.no_grad()
 def compute_features(
     backbone: nn.Module,
@@ -133,7 +118,7 @@ def compute_features(
     settings: Settings,
     context: RunContext,
     *,
-    augmentation: Augmentation,
+    augmentation: Augmentation = NOT_AUGMENTED,
     epoch: int = 0,
 ) -> Tensor:
     """Return features (N, D) on the CPU, float32, of images in their own order.
@@ -146,18 +131,20 @@ def compute_features(
         augmentation: What is done to the images.
         epoch: Which draws of the augmentation: those that joint training has in this epoch.
     """
-    seed, engine = settings.training.seed, context.engine
-    draws = epoch_draws(len(examples), augmentation, seed=seed, epoch=epoch)
-    indices = [torch.arange(start, stop) for start, stop in batch_bounds(len(examples), settings.training.batch_size)]
-    parts = []
-    with contextlib.closing(read_batches(examples.for_epoch(seed, epoch), indices, workers=context.workers)) as pixels:
-        for indices_B, pixels_BCHW in zip(indices, pixels, strict=True):
-            x_BCHW = engine.put(pixels_BCHW)
-            if not augmentation.is_identity:
-                x_BCHW = augment(x_BCHW, draws.select(indices_B).to(engine.device))
-            features_BD: Tensor = backbone(context.data.preprocessing.normalize(x_BCHW))
-            parts.append(features_BD.float().cpu())
-    return torch.cat(parts)
+    seed = settings.training.seed
+    data = TrainingData(examples.for_epoch(seed, epoch), context.data.preprocessing, augmentation, context.workers)
+    batches = ordered_batches(data, context.engine, batch_size=settings.training.batch_size, seed=seed, epoch=epoch)
+    with contextlib.closing(batches):
+        return torch.cat([backbone(batch.x_BCHW).float().cpu() for batch in batches])
+
+
+def _augmented(backbone: nn.Module, examples: Examples, settings: Settings, context: RunContext) -> list[Tensor]:
+    """Return the features (N, D) of each augmented pass that the settings ask for."""
+    augmentation = Augmentation.from_config(settings.data)
+    return [
+        compute_features(backbone, examples, settings, context, augmentation=augmentation, epoch=number)
+        for number in range(settings.head.augmented_passes)
+    ]
 
 
 def check_features(settings: Settings, data: ImageData, num_features: int) -> None:
@@ -187,13 +174,12 @@ def _cross_fitted(
     name: str,
     settings: Settings,
     context: RunContext,
-    standardized: StandardizedFeatures,
-    augmentation: Augmentation | None,
+    backbone: nn.Module,
 ) -> list[Tensor]:
     """Return features (N, D), plain and of each augmented pass, each image's from a backbone that has not seen it."""
     data, num_folds = context.data, settings.head.folds
     folds = stratified_split(data.train.labels_N, [1.0] * num_folds, seed=settings.training.seed)
-    target_ND = _passes(standardized, data.train, settings, context, None)[0]
+    target_ND = compute_features(backbone, data.train, settings, context)
     result: list[Tensor] = []
     explained = []
     for number, fold_n in enumerate(folds, 1):
@@ -201,12 +187,12 @@ def _cross_fitted(
         keep_N[fold_n] = False
         others_m = keep_N.nonzero().squeeze(1)
         context.listener.on_note(f"Fold {number} of {num_folds}: a backbone that does not see {len(fold_n)} images.")
-        backbone = _fold_backbone(name, number, others_m, settings, context)
-        plain_ND = compute_features(backbone, data.train, settings, context, augmentation=Augmentation())
+        other = _fold_backbone(name, number, others_m, settings, context)
+        plain_ND = compute_features(other, data.train, settings, context)
         align, share = least_squares(plain_ND[others_m], target_ND[others_m])
         explained.append(share)
-        fold = StandardizedFeatures(backbone), SubsetExamples(data.train, fold_n)
-        versions = [plain_ND[fold_n], *_passes(*fold, settings, context, augmentation)[1:]]
+        augmented = _augmented(other, SubsetExamples(data.train, fold_n), settings, context)
+        versions = [plain_ND[fold_n], *augmented]
         result = result or [torch.empty_like(target_ND) for _ in versions]
         for whole_ND, each_nD in zip(result, versions, strict=True):
             whole_ND[fold_n] = align(each_nD)
