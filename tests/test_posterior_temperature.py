@@ -16,7 +16,6 @@ from bayesnet.backbones import BackboneConfig, build_backbone
 from bayesnet.batches import TrainingData
 from bayesnet.data import ArrayExamples, Preprocessing
 from bayesnet.data.augment import Augmentation
-from bayesnet.engine import Engine
 from bayesnet.errors import ConfigError
 from bayesnet.inference import FAMILIES, build_inference_config, build_posterior
 from bayesnet.inference.base import Parts, Posterior
@@ -26,6 +25,7 @@ from bayesnet.step import PLAIN, StepPlan, take_step
 from bayesnet.testing import fixed_noise
 from bayesnet.training import fit
 from bayesnet.types import Loss
+from tests.engines import SpyEngine
 
 NUM_IMAGES, NUM_CLASSES = 48, 3
 POINT_FAMILIES = ("deterministic", "laplace", "nuts", "mc_dropout", "ensemble", "swag")
@@ -33,28 +33,7 @@ VARIATIONAL = tuple(name for name in FAMILIES if name not in POINT_FAMILIES)
 CPU = torch.device("cpu")
 
 
-class Recorder(Engine):
-    """Remembers the weight of the KL in each step."""
-
-    def __init__(self) -> None:
-        super().__init__(CPU)
-        self.weights: list[float] = []
-
-    def train_step(
-        self,
-        posterior: Posterior,
-        optimizers: Sequence[torch.optim.Optimizer],
-        x_BCHW: Tensor,
-        y: Tensor,
-        kl_weight: Tensor | float = 1.0,
-        plan: StepPlan = PLAIN,
-    ) -> Loss:
-        """Take the step."""
-        self.weights.append(float(kl_weight))
-        return super().train_step(posterior, optimizers, x_BCHW, y, kl_weight, plan)
-
-
-class Untempered(Recorder):
+class Untempered(SpyEngine):
     """The planted fault: every step with the whole KL."""
 
     def train_step(
@@ -86,7 +65,7 @@ def fitted(
     *,
     family: str = "mean_field",
     num_examples: int = NUM_IMAGES,
-    engine: Recorder | None = None,
+    engine: SpyEngine | None = None,
     epochs: int = 20,
     kl_warmup_epochs: float = 0.0,
 ) -> Posterior:
@@ -103,7 +82,7 @@ def fitted(
         TrainingData(data, Preprocessing(1, 8, 8, mean=(0.5,), std=(0.3,)), Augmentation()),
         lambda each: 1.0,
         directory,
-        engine=engine or Recorder(),
+        engine=engine or SpyEngine(),
         optimizer=OptimizerConfig(learning_rate=0.01, variational_learning_rate=0.05),
         training=TrainingConfig(
             epochs=epochs, batch_size=16, temperature=temperature, kl_warmup_epochs=kl_warmup_epochs
@@ -145,12 +124,12 @@ def test_the_temperature_scales_the_kl_part_of_the_objective_exactly(family: str
 
 
 def test_the_weight_of_the_kl_is_the_temperature_and_warms_up_to_it(tmp_path: Path) -> None:
-    engine = Recorder()
+    engine = SpyEngine()
     fitted(tmp_path / "constant", 0.25, engine=engine, epochs=2)
-    assert engine.weights == [0.25] * 6
-    warming = Recorder()
+    assert engine.kl_weights == [0.25] * 6
+    warming = SpyEngine()
     fitted(tmp_path / "warming", 0.25, engine=warming, epochs=3, kl_warmup_epochs=2)
-    assert warming.weights == pytest.approx([0.25 * min(1, (step + 1) / 6) for step in range(9)])
+    assert warming.kl_weights == pytest.approx([0.25 * min(1, (step + 1) / 6) for step in range(9)])
 
 
 def test_a_quarter_of_the_temperature_is_four_times_the_data(tmp_path: Path) -> None:

@@ -17,15 +17,13 @@ from bayesnet.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, n
 from bayesnet.data import ArrayExamples, Preprocessing
 from bayesnet.data.augment import Augmentation
 from bayesnet.data.sampling import epoch_order
-from bayesnet.engine import Engine
 from bayesnet.errors import CheckpointError, DivergedError, InterruptedRunError
 from bayesnet.inference import build_inference_config, build_posterior
 from bayesnet.inference.base import Parts, Posterior
 from bayesnet.optim import OptimizerConfig
 from bayesnet.progress import EpochReport, FitResult, TrainingConfig
-from bayesnet.step import PLAIN, StepPlan
 from bayesnet.training import Listener, fit, median_scale, restore_model
-from bayesnet.types import Loss
+from tests.engines import SpyEngine
 
 NUM_IMAGES, NUM_CLASSES, BATCH_SIZE, EPOCHS = 41, 3, 8, 3
 STEPS_PER_EPOCH = 5  # 41 images in batches of 8: the last one of 1 joins the batch before it
@@ -50,33 +48,12 @@ class Recorder(ArrayExamples):
         return super().read(indices)
 
 
-class Spy(Engine):
-    """An engine that remembers what it was given: inputs, labels and weight of the KL of each step."""
-
-    def __init__(self) -> None:
-        super().__init__(CPU)
-        self.steps: list[tuple[Tensor, Tensor, float]] = []
-
-    def train_step(
-        self,
-        posterior: Posterior,
-        optimizers: Sequence[torch.optim.Optimizer],
-        x_BCHW: Tensor,
-        y: Tensor,
-        kl_weight: Tensor | float = 1.0,
-        plan: StepPlan = PLAIN,
-    ) -> Loss:
-        """Take the step."""
-        self.steps.append((x_BCHW.clone(), y.clone(), float(kl_weight)))
-        return super().train_step(posterior, optimizers, x_BCHW, y, kl_weight, plan)
-
-
 class Fitted(NamedTuple):
     """What a fit left."""
 
     result: FitResult
     posterior: Posterior
-    spy: Spy
+    spy: SpyEngine
     examples: Recorder
 
 
@@ -122,7 +99,7 @@ def run_fit(
 ) -> Fitted:
     posterior = posterior or make_posterior(family)
     examples = examples or make_examples()
-    spy = Spy()
+    spy = SpyEngine()
     result = fit(
         posterior,
         TrainingData(examples, PREPROCESSING, Augmentation(crop_padding=1, flip=True)),

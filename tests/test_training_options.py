@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,15 +21,13 @@ from bayesnet.checkpoint import newest_checkpoint
 from bayesnet.data import ArrayExamples, Preprocessing
 from bayesnet.data.augment import Augmentation
 from bayesnet.data.sampling import effective_size
-from bayesnet.engine import Engine
 from bayesnet.errors import CheckpointError, ConfigError, InterruptedRunError, StorageError
 from bayesnet.inference import build_inference_config, build_posterior
 from bayesnet.inference.base import Parts, Posterior
 from bayesnet.optim import OptimizerConfig, OptimizerFactory
 from bayesnet.progress import FitResult, TrainingConfig
-from bayesnet.step import PLAIN, StepPlan
 from bayesnet.training import Listener, fit
-from bayesnet.types import Loss
+from tests.engines import SpyEngine
 
 NUM_IMAGES, NUM_CLASSES, NUM_INTERRUPTIONS = 41, 3, 20
 CPU = torch.device("cpu")
@@ -59,35 +56,12 @@ class SlowExamples(ArrayExamples):
         return False
 
 
-class Spy(Engine):
-    """Remembers a digest of each step's images and labels."""
-
-    def __init__(self) -> None:
-        super().__init__(CPU)
-        self.seen: list[str] = []
-        self.labels: list[Tensor] = []
-
-    def train_step(
-        self,
-        posterior: Posterior,
-        optimizers: Sequence[torch.optim.Optimizer],
-        x_BCHW: Tensor,
-        y: Tensor,
-        kl_weight: Tensor | float = 1.0,
-        plan: StepPlan = PLAIN,
-    ) -> Loss:
-        """Take the step."""
-        self.seen.append(hashlib.sha256(x_BCHW.numpy().tobytes() + y.numpy().tobytes()).hexdigest())
-        self.labels.append(y)
-        return super().train_step(posterior, optimizers, x_BCHW, y, kl_weight, plan)
-
-
 class Fitted(NamedTuple):
     """What a fit left."""
 
     result: FitResult
     posterior: Posterior
-    spy: Spy
+    spy: SpyEngine
 
 
 def examples() -> SlowExamples:
@@ -121,7 +95,7 @@ def run_fit(
         parts = Parts(backbone, NUM_CLASSES, effective_size(data.labels_N, balanced=training.balanced))
         posterior = build_posterior(parts, build_inference_config({"family": family}))
     calls = iter(range(1, 10**6))
-    spy = Spy()
+    spy = SpyEngine()
     result = fit(
         posterior,
         TrainingData(data, PREPROCESSING, Augmentation(crop_padding=1, flip=True), workers),
