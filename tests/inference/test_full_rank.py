@@ -1,7 +1,7 @@
-"""The full-rank family: dense formulas, exact recovery (T6), the start at mean-field, limits, planted faults.
+"""The full-rank family: dense formulas, the start at mean-field, limits, planted faults.
 
-The comparisons and their false-alarm rates are those of gaussian_cases. T6 has no test of noise: the seed is fixed, and
-its bounds are 0.1 sd of a mean, 3 % of an sd, 0.02 nat. The faults caught are those planted below, of 10 % and more.
+The comparisons and their false-alarm rates are those of gaussian_cases. Exact recovery is T6 (battery/recovery.py).
+The faults caught are those planted below, of 10 % and more.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The low-rank family: dense formulas, exact recovery at enough directions, limits, planted faults.
+"""The low-rank family: dense formulas, limits, planted faults.
 
-The comparisons and their false-alarm rates are those of gaussian_cases. The faults caught are those planted below.
+The comparisons and their false-alarm rates are those of gaussian_cases. Exact recovery is T6 (battery/recovery.py).
+The faults caught are those planted below.
 """
 
 from __future__ import annotations
