@@ -8,7 +8,7 @@ from .options import json_option
 
 
 @click.command()
-@click.option("--full", is_flag=True, help="Run the checks that take minutes too; under an hour on two cores.")
+@click.option("--full", is_flag=True, help="Run the checks that take minutes too; half an hour.")
 @click.option("--seed", type=int, default=0, metavar="N", help="Of the noise, where a test is not frozen at seed 0.")
 @json_option
 def selftest(full: bool, seed: int, as_json: bool) -> int:
