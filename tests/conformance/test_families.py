@@ -33,18 +33,30 @@ from bayesnet.types import LogitGaussian, Loss
 Check = Callable[[Family], None]
 
 
+SLOW_TRAINING = [
+    pytest.param(check, marks=[pytest.mark.slow] if check is check_scale_is_fitted else [], id=check.__name__)
+    for check in CHECKS
+]
+"""The contract of all but `mean_field`: training at two initial scales is left to the slow tests."""
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("name", list(FAMILIES))
+def test_mean_field_conforms(check: Check) -> None:
+    check(mean_field.FAMILY)
+
+
+@pytest.mark.parametrize("check", SLOW_TRAINING)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mean_field"])
 def test_family_conforms(name: str, check: Check) -> None:
     check(FAMILIES[name])
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", SLOW_TRAINING)
 def test_the_weight_estimator_conforms(check: Check) -> None:
     check(_mean_field(lambda parts, config: MeanField(parts, _with_weight_estimator(config))))
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", SLOW_TRAINING)
 @pytest.mark.parametrize("prior", ["laplace", "student_t"])
 def test_heavy_tailed_priors_conform(prior: PriorName, check: Check) -> None:
     check(_mean_field(lambda parts, config: MeanField(parts, dataclasses.replace(config, prior=prior))))
@@ -90,13 +102,6 @@ GUIDES: dict[str, Callable[[Parts, GuideConfig], Posterior]] = {
     "module": _own_guide(lambda scale: lambda head: ModuleGuide(head, scale)),
     "function": _own_guide(lambda scale: lambda head: function_guide(head.prior_scale.shape, scale)),
 }
-
-
-SLOW_TRAINING = [
-    pytest.param(check, marks=[pytest.mark.slow] if check is check_scale_is_fitted else [], id=check.__name__)
-    for check in CHECKS
-]
-"""The checks for variants of a family: training them at two initial scales is left to the slow tests."""
 
 
 @pytest.mark.parametrize("check", SLOW_TRAINING)
