@@ -138,8 +138,28 @@ def print_comparison(record: JsonObject) -> None:
         for row in record["rows"]
     ]
     table("test metrics, 95 % intervals in brackets", ["run", "model", "seed", *METRICS.values()], rows)
+    _print_groups(record["groups"])
+    for notice in record["notices"]:
+        say(notice)
     if not record["same_test_split"]:
         say("These runs have different data or splits: their metrics cannot be compared.")
+
+
+def _print_groups(groups: Sequence[JsonObject]) -> None:
+    """Print mean and standard deviation over seeds, and below the Bayesian models their difference to the twin."""
+    rows = []
+    for group in groups:
+        title = f"{group['model']} ({group['family']})" + (", calibrated" if group["calibrated"] else "")
+        seeds = str(len(group["seeds"]))
+        values = [group["metrics"][key] for key in METRICS]
+        rows.append([title, seeds, *("-" if v["mean"] is None else f"{v['mean']:.4f} ± {v['sd']:.4f}" for v in values)])
+        if "difference_to_twin" in group:
+            values = [group["difference_to_twin"][key] for key in METRICS]
+            cells = ["-" if v["mean"] is None else f"{v['mean']:+.4f} {_interval(v['ci95'])}" for v in values]
+            rows.append(["  less its twin", seeds, *cells])
+    if rows:
+        title = "over seeds: mean ± sd; differences with 95 % t intervals"
+        table(title, ["model", "seeds", *METRICS.values()], rows)
 
 
 def print_doctor(record: JsonObject) -> None:

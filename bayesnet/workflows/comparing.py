@@ -1,10 +1,21 @@
-"""The workflow behind `bayesnet compare`: the test metrics of several runs side by side."""
+"""The workflow behind `bayesnet compare`: the test metrics of several runs side by side, and over their seeds.
+
+The interval of a single run speaks of other test images; another training run moves a metric too. So runs whose
+settings differ by ``training.seed`` alone form a group, with mean and spread, and the Bayesian model less its twin of
+the same run, with a t interval over the seeds.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from scipy.special import stdtrit
+
+from bayesnet.metrics import METRICS
 from bayesnet.rundir import RunDirectory
 from bayesnet.types import JsonObject
 from bayesnet.workflows.trained import (
@@ -24,20 +35,76 @@ def compare(runs: Sequence[str | Path]) -> JsonObject:
         runs: Finished run directories.
 
     Returns:
-        ``rows`` (run, data, model, family, seed, calibrated, metrics) and ``same_test_split``: whether all runs have
-        the same data and splits, without which their metrics cannot be compared.
+        ``rows`` (run, data, model, family, seed, calibrated, metrics); ``same_test_split``: whether all runs have the
+        same data and splits, without which their metrics cannot be compared; ``groups``, one for each model of two or
+        more runs that differ by seed alone (data, model, family, calibrated, seeds, metrics and, for the Bayesian
+        model, ``difference_to_twin``: each metric with ``mean``, ``sd`` and ``ci95``); ``notices``: what was left out
+        of them.
 
     Raises:
         CheckpointError: A run is missing, unfinished or damaged.
     """
     rows: list[JsonObject] = []
+    families: dict[str, dict[int, list[JsonObject]]] = {}
+    notices: list[str] = []
     fingerprints = set()
     for path in map(Path, runs):
         run = RunDirectory.open(path)
         summary = read_finished(run)
         fingerprints.add(summary["fingerprint"])
-        rows += _rows(run, summary)
-    return {"rows": rows, "same_test_split": len(fingerprints) == 1}
+        found = _rows(run, summary)
+        rows += found
+        seeds = families.setdefault(_all_but_the_seed(run, summary), {})
+        if seeds.setdefault(found[0]["seed"], found) is not found:
+            notices.append(f"{run.path} has the seed of another run: it is in no group")
+    groups = [group for seeds in families.values() if len(seeds) > 1 for group in _groups(seeds)]
+    return {"rows": rows, "same_test_split": len(fingerprints) == 1, "groups": groups, "notices": notices}
+
+
+def _all_but_the_seed(run: RunDirectory, summary: JsonObject) -> str:
+    """Return what runs of one group share: the data's fingerprint, and all settings but the seed of training."""
+    settings = read_settings(run).to_mapping()
+    settings["training"].pop("seed")
+    return json.dumps([summary["fingerprint"], settings], sort_keys=True)
+
+
+def _groups(seeds: dict[int, list[JsonObject]]) -> list[JsonObject]:
+    """Return one group for each model, before and after calibration, that every run has."""
+    by_key = [{(row["model"], row["calibrated"]): row for row in rows} for rows in seeds.values()]
+    groups = []
+    for key in [key for key in by_key[0] if all(key in found for found in by_key)]:
+        rows, twins = [found[key] for found in by_key], [found.get(("deterministic", key[1])) for found in by_key]
+        group = {name: rows[0][name] for name in ("data", "model", "family", "calibrated")}
+        group |= {
+            "seeds": list(seeds),
+            "metrics": {name: _over_seeds([_value(row, name) for row in rows]) for name in METRICS},
+        }
+        if key[0] == "bayesian":
+            group["difference_to_twin"] = {
+                name: _over_seeds([_difference(row, twin, name) for row, twin in zip(rows, twins, strict=True)])
+                for name in METRICS
+            }
+        groups.append(group)
+    return groups
+
+
+def _value(row: JsonObject | None, metric: str) -> float:
+    """Return a metric of a row; NaN where there is no row or no value."""
+    value = None if row is None else row["metrics"][metric]
+    return math.nan if value is None else float(value)
+
+
+def _difference(row: JsonObject, twin: JsonObject | None, metric: str) -> float:
+    return _value(row, metric) - _value(twin, metric)
+
+
+def _over_seeds(values: Sequence[float]) -> JsonObject:
+    """Return mean, standard deviation and the 95 % t interval of the mean over seeds; None where a value is missing."""
+    if any(math.isnan(value) for value in values):
+        return {"mean": None, "sd": None, "ci95": [None, None]}
+    mean, sd = statistics.fmean(values), statistics.stdev(values)
+    half = float(stdtrit(len(values) - 1, 0.975)) * sd / math.sqrt(len(values))
+    return {"mean": mean, "sd": sd, "ci95": [mean - half, mean + half]}
 
 
 def _rows(run: RunDirectory, summary: JsonObject) -> list[JsonObject]:
