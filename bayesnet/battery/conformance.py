@@ -131,7 +131,7 @@ CHECKS: tuple[Check, ...] = (
             "T12",
             f"initial scale of {name}",
             partial(initial_scale_of, name),
-            (Fault(BACKBONES_SGD, partial(_trained_by_the_backbones_optimizer, name)),),
+            (Fault(f"{BACKBONES_SGD}: {name}", partial(_trained_by_the_backbones_optimizer, name)),),
             full=True,
         )
         for name in VARIATIONAL

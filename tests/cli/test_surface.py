@@ -75,7 +75,7 @@ JSON_KEYS = {
     "list": """
         rows{ name description num_features parameters input_size accuracy }
         collections{ name description num_names }""",
-    "compare": "same_test_split rows{ run data model family seed calibrated metrics{ EVALUATED } }",
+    "compare": "same_test_split groups notices rows{ run data model family seed calibrated metrics{ EVALUATED } }",
     "selftest": """
         passed full seed seconds versions planted{ caught tried missed }
         tests{ id name what passed value bound seconds } families{ full_rank{ sd_ratio } }""",
