@@ -9,12 +9,13 @@ over the orders of the tie, so that no metric depends on the order of the data s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri
+from scipy.special import ndtri, stdtrit
 
 NUM_BINS = 15
 _EDGES = np.linspace(0.0, 1.0, NUM_BINS + 1)[1:-1]
@@ -109,6 +110,20 @@ def wilson_interval(num_successes: int, num_trials: int, *, level: float = 0.95)
     # At 0 and n successes one end is exactly 0 or 1, which the arithmetic misses by a rounding error.
     low = 0.0 if num_successes == 0 else centre - half
     return low, 1.0 if num_successes == num_trials else centre + half
+
+
+def t_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
+    """Return Student's interval for the mean of independent values, such as one per seed; one value has no bounds.
+
+    Example:
+        >>> [round(end, 4) for end in t_interval([-0.1, -0.2, 0.2])]
+        [-0.5504, 0.4838]
+    """
+    if len(values) < 2:
+        return -math.inf, math.inf
+    mean = statistics.fmean(values)
+    half = float(stdtrit(len(values) - 1, 0.5 + level / 2)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
 
 
 def calibration_interval(value: float, bootstrap_R: Array, null_R: Array, level: float) -> tuple[float, float]:

@@ -282,6 +282,11 @@ def check_draws_match_moments(family: Family) -> None:
     assert ((scale_BK - exact_BK).abs() <= tolerance * exact_BK).all(), "scales differ"
 
 
+def has_initial_scale(family: Family) -> bool:
+    """Return whether the family's posterior has a scale that a setting starts and gradients fit."""
+    return "initial_scale" in {field.name for field in fields(family.config)}
+
+
 def check_scale_is_fitted(family: Family) -> None:
     """Two runs whose initial posterior sd differ by a factor of 4 end with median sd within 20 %.
 
@@ -289,7 +294,7 @@ def check_scale_is_fitted(family: Family) -> None:
     the gradient of a log sd is proportional to the variance there, so that an optimizer that does not rescale its
     gradients, such as the backbone's SGD, leaves them apart. Applies to families with an ``initial_scale``.
     """
-    if "initial_scale" not in {field.name for field in fields(family.config)}:
+    if not has_initial_scale(family):
         return
     problem = toy_problem(num_examples=400)
     ends = []

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -22,9 +21,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scipy.stats import t as student_t
-
 import bayesnet
+from bayesnet.resampling import t_interval
 from bayesnet.settings import resolve_settings
 
 TWIN = "deterministic"
@@ -122,19 +120,9 @@ def bench(family: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def ends(differences: Sequence[float]) -> tuple[float, float]:
-    """Return the ends of the 95 % t interval of the mean over seeds; without bound for one seed."""
-    if len(differences) < 2:
-        return -math.inf, math.inf
-    width = float(student_t.ppf(0.975, len(differences) - 1)) * statistics.stdev(differences)
-    width /= math.sqrt(len(differences))
-    mean = statistics.mean(differences)
-    return mean - width, mean + width
-
-
 def interval(differences: Sequence[float]) -> str:
     """Return the mean with its 95 % t interval over seeds."""
-    mean, (low, high) = statistics.mean(differences), ends(differences)
+    mean, (low, high) = statistics.mean(differences), t_interval(differences)
     return f"{mean:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if len(differences) > 1 else "")
 
 
@@ -157,7 +145,7 @@ def chosen_temperature(records: dict[Job, dict[str, Any]], family: str) -> float
     shown = {1.0: 0.0}
     for temperature in {job.temperature for job in records if job.family == family} - {1.0}:
         differences = against_one(records, family, temperature, "validation_nll")
-        if ends(differences)[1] < 0:
+        if t_interval(differences)[1] < 0:
             shown[temperature] = statistics.mean(differences)
     return min(shown, key=lambda temperature: shown[temperature])
 

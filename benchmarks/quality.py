@@ -19,9 +19,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student_t
-
 import bayesnet
+from bayesnet.resampling import t_interval
 
 METRICS = ("accuracy", "nll", "brier", "ece", "aurc")
 MODELS = ("deterministic", "bayesian")
@@ -88,8 +87,8 @@ def paired(records: list[dict[str, Any]], stage: str, metric: str) -> tuple[floa
     values = [r["models"]["bayesian"][stage][metric] - r["models"]["deterministic"][stage][metric] for r in records]
     if len(values) < 2:
         return values[0], math.nan
-    width = float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values), width
+    low, high = t_interval(values)
+    return statistics.mean(values), (high - low) / 2
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -7,7 +7,6 @@ and are equalities but for two with bounds of their own, so that the numbers dep
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from functools import partial
 from unittest import mock
 
@@ -20,7 +19,7 @@ from bayesnet.inference import FAMILIES, base, draw_table
 from bayesnet.inference.base import Family, GaussianHeadPosterior, HeadPosterior, Parts, Posterior
 from bayesnet.inference.mean_field import MeanField
 from bayesnet.testing import CHECKS as CONTRACT
-from bayesnet.testing import check_scale_is_fitted
+from bayesnet.testing import check_scale_is_fitted, has_initial_scale
 from bayesnet.types import Loss
 
 
@@ -107,10 +106,7 @@ def _trained_by_the_backbones_optimizer(name: str) -> faults.Planted:
 
 REUSED_PARTICLE = Fault("particle reused in logits", _one_weight_for_all_logits)
 BACKBONES_SGD = "head trained by the backbone's SGD"
-VARIATIONAL = tuple(
-    name for name, family in FAMILIES.items() if "initial_scale" in {field.name for field in fields(family.config)}
-)
-"""Families whose posterior's scale is fitted by gradient from where a setting starts it."""
+VARIATIONAL = tuple(name for name, family in FAMILIES.items() if has_initial_scale(family))
 
 CHECKS: tuple[Check, ...] = (
     Check(

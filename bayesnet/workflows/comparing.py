@@ -13,9 +13,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from scipy.special import stdtrit
-
 from bayesnet.metrics import METRICS
+from bayesnet.resampling import t_interval
 from bayesnet.rundir import RunDirectory
 from bayesnet.types import JsonObject
 from bayesnet.workflows.trained import (
@@ -45,7 +44,7 @@ def compare(runs: Sequence[str | Path]) -> JsonObject:
         CheckpointError: A run is missing, unfinished or damaged.
     """
     rows: list[JsonObject] = []
-    families: dict[str, dict[int, list[JsonObject]]] = {}
+    by_settings: dict[str, dict[int, list[JsonObject]]] = {}
     notices: list[str] = []
     fingerprints = set()
     for path in map(Path, runs):
@@ -54,10 +53,10 @@ def compare(runs: Sequence[str | Path]) -> JsonObject:
         fingerprints.add(summary["fingerprint"])
         found = _rows(run, summary)
         rows += found
-        seeds = families.setdefault(_all_but_the_seed(run, summary), {})
+        seeds = by_settings.setdefault(_all_but_the_seed(run, summary), {})
         if seeds.setdefault(found[0]["seed"], found) is not found:
             notices.append(f"{run.path} has the seed of another run: it is in no group")
-    groups = [group for seeds in families.values() if len(seeds) > 1 for group in _groups(seeds)]
+    groups = [group for seeds in by_settings.values() if len(seeds) > 1 for group in _groups(seeds)]
     return {"rows": rows, "same_test_split": len(fingerprints) == 1, "groups": groups, "notices": notices}
 
 
@@ -80,9 +79,9 @@ def _groups(seeds: dict[int, list[JsonObject]]) -> list[JsonObject]:
             "metrics": {name: _over_seeds([_value(row, name) for row in rows]) for name in METRICS},
         }
         if key[0] == "bayesian":
+            pairs = list(zip(rows, twins, strict=True))
             group["difference_to_twin"] = {
-                name: _over_seeds([_difference(row, twin, name) for row, twin in zip(rows, twins, strict=True)])
-                for name in METRICS
+                name: _over_seeds([_value(row, name) - _value(twin, name) for row, twin in pairs]) for name in METRICS
             }
         groups.append(group)
     return groups
@@ -94,17 +93,11 @@ def _value(row: JsonObject | None, metric: str) -> float:
     return math.nan if value is None else float(value)
 
 
-def _difference(row: JsonObject, twin: JsonObject | None, metric: str) -> float:
-    return _value(row, metric) - _value(twin, metric)
-
-
 def _over_seeds(values: Sequence[float]) -> JsonObject:
     """Return mean, standard deviation and the 95 % t interval of the mean over seeds; None where a value is missing."""
     if any(math.isnan(value) for value in values):
         return {"mean": None, "sd": None, "ci95": [None, None]}
-    mean, sd = statistics.fmean(values), statistics.stdev(values)
-    half = float(stdtrit(len(values) - 1, 0.975)) * sd / math.sqrt(len(values))
-    return {"mean": mean, "sd": sd, "ci95": [mean - half, mean + half]}
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values), "ci95": list(t_interval(values))}
 
 
 def _rows(run: RunDirectory, summary: JsonObject) -> list[JsonObject]:
