@@ -13,47 +13,35 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
-from bayesnet.calibration import prediction_sets
 from bayesnet.config import require
 from bayesnet.data import ImageData
-from bayesnet.data.labels import label_list
 from bayesnet.data.python_data import from_python, loader_batch_size
-from bayesnet.engine import Engine
 from bayesnet.errors import DataError, InterruptedRunError, StorageError
+from bayesnet.fitted_classifier import FittedClassifier
 from bayesnet.inference.base import GuideFactory
 from bayesnet.optim import OptimizerFactory
-from bayesnet.predictive import Predictor, interval_kind
 from bayesnet.rundir import RunDirectory, find_run
 from bayesnet.settings import Settings
-from bayesnet.types import Interval, JsonObject, Summary
+from bayesnet.types import JsonObject
 from bayesnet.workflows import TrainListener, calibrate
 from bayesnet.workflows.python_side import (
     checked_path,
     fit_settings,
     held_out_digest,
-    images_of,
     is_new,
     loaded_arguments,
-    read_labels,
+    model_of,
 )
 from bayesnet.workflows.trained import (
-    PYTHON_DATA,
-    CalibratedModel,
     UserCode,
-    load_calibrated,
-    read_finished,
-    trained_names,
 )
 from bayesnet.workflows.training_run import resume_run, start_run
 
 
-class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] # scikit-learn has no types
+class BayesNetClassifier(FittedClassifier):
     """An image classifier whose probabilities come with intervals, with scikit-learn's habits.
 
     Args:
@@ -172,7 +160,7 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
             out = self._temporary_folder() / "run" if self.out is None else checked_path(self.out, "out")
             summary = self._start(settings, data, user, out, listener, stop_signal)
         run = RunDirectory.open(Path(summary["run"]))
-        self._take(run, *_model_of(run, None, user))
+        self._take(run, *model_of(run, None, user))
         self._data, self._digest = data, held_out_digest(data)
         return self
 
@@ -196,100 +184,25 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
             hint = "the run is gone: give out=... to keep an interrupted fit and to resume it"
             raise InterruptedRunError(error.exit_code - 128, hint=hint) from None
 
-    def predict(self, X: object) -> NDArray[Any]:
-        """Return the most probable label of each image (N,).
-
-        Args:
-            X: Images as for `fit`, or PIL images, or paths of image files.
-        """
-        top_N = self.predict_proba(X).argmax(1)
-        labels: NDArray[Any] = self.classes_[top_N]
-        return labels
-
-    def predict_proba(self, X: object) -> NDArray[np.float64]:
-        """Return the mean probability of each class (N, K) over the posterior, calibrated once `calibrate` has run."""
-        self._check_fitted()
-        return self._predictor.probabilities(images_of(X, self._preprocessing))
-
-    def predict_interval(self, X: object, level: float = 0.9) -> Interval:
-        """Return an interval on the probability of each class, which the mean always lies in.
-
-        Args:
-            X: As for `predict`.
-            level: Mass under the posterior, such as 0.9.
-
-        Raises:
-            ConfigError: ``level`` is not between 0 and 1.
-        """
-        parts = self.predict_summary(X, level)
-        kind = interval_kind(self._predictor.num_samples, level)
-        return Interval(parts.lower_BK, parts.probability_BK, parts.upper_BK, level, kind)
-
-    def predict_summary(self, X: object, level: float = 0.9) -> Summary:
-        """Return probabilities, intervals, entropies and mutual information of all images at once; see `Summary`.
-
-        Args:
-            X: As for `predict`.
-            level: Mass of the intervals.
-
-        Raises:
-            ConfigError: ``level`` is not between 0 and 1.
-            NotFittedError: `fit` has not run.
-        """
-        self._check_fitted()
-        valid = isinstance(level, int | float) and 0 < level < 1
-        require(valid, "must lie between 0 and 1", where=f"level = {level!r}")
-        examples = images_of(X, self._preprocessing)
-        chunks = list(self._predictor.summaries(examples, level))
-        return Summary(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
-
-    def predict_set(self, X: object) -> list[list[Any]]:
-        """Return the conformal set of labels of each image: it holds the true label with the calibrated coverage.
-
-        Args:
-            X: As for `predict`.
-
-        Raises:
-            ConfigError: `calibrate` has not run.
-        """
-        self._check_fitted()
-        require(
-            self._threshold is not None, "there are no label sets yet", where=f"{self.run_}", hint="call calibrate()"
-        )
-        assert self._threshold is not None
-        members_NK = prediction_sets(self.predict_proba(X), self._threshold)
-        labels = self.classes_.tolist()
-        return [[label for label, inside in zip(labels, row, strict=True) if inside] for row in members_NK]
-
-    def score(
-        self, X: object, y: Sequence[Any] | NDArray[Any] | Tensor, sample_weight: NDArray[np.float64] | None = None
-    ) -> float:
-        """Return the accuracy on images and their labels; a label that the classifier does not know counts as wrong.
-
-        Args:
-            X: As for `predict`.
-            y: Labels (N,).
-            sample_weight: Weights (N,) of the images; equal where None.
-
-        Raises:
-            DataError: There is not one label per image, or the classifier knows none of them.
-        """
-        self._check_fitted()
-        labels, known = label_list(y, "y"), set(self.classes_.tolist())
-        predicted = self.predict(X).tolist()
-        if len(labels) != len(predicted):
-            raise DataError("expected one label per image", where=f"{len(predicted)} images, {len(labels)} labels")
-        if not known & set(labels):
-            hint = f"it has {', '.join(map(repr, list(known)[:5]))}"
-            raise DataError("the classifier knows none of these labels", where=f"y[0] = {labels[0]!r}", hint=hint)
-        right = np.array([guess == label for guess, label in zip(predicted, labels, strict=True)])
-        return float(np.average(right, weights=sample_weight))
-
-    def calibrate(self, alpha: float = 0.1) -> JsonObject:
-        """Fit the temperature and the conformal threshold on the calibration split, and use them from now on.
+    def calibrate(
+        self,
+        alpha: float = 0.1,
+        *,
+        calibrator: str = "temperature",
+        sets: str = "lac",
+        max_risk: float | None = None,
+        ood: str = "photographs",
+        num_corrupted: int = 200,
+    ) -> JsonObject:
+        """Fit calibrator, label sets and abstention on the calibration split, and use them from now on.
 
         Args:
             alpha: 1 - alpha is the nominal coverage of `predict_set`.
+            calibrator: See `bayesnet.workflows.calibrate`; so for all that follow.
+            sets: Which label sets `predict_set` gives.
+            max_risk: Largest share of wrong answers that `predict_abstain` allows.
+            ood: Unfamiliar images, "none" for none.
+            num_corrupted: Test images that are corrupted, 0 for none.
 
         Returns:
             What `bayesnet calibrate` prints as JSON.
@@ -304,9 +217,20 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         if data is not None and held_out_digest(data) != self._digest:
             raise DataError("the data have changed since fit", where="calibration or test", hint="give fit a copy")
         user = self._user_code()
-        record = calibrate(self.run_, alpha=alpha, devices=self.devices, data=data, user=user)
+        record = calibrate(
+            self.run_,
+            alpha=alpha,
+            calibrator=calibrator,
+            sets=sets,
+            max_risk=max_risk,
+            ood=ood,
+            num_corrupted=num_corrupted,
+            devices=self.devices,
+            data=data,
+            user=user,
+        )
         run = RunDirectory.open(self.run_)
-        self._take(run, *_model_of(run, self._model_name, user))
+        self._take(run, *model_of(run, self._model_name, user))
         return record
 
     def save(self, path: str | Path) -> Path:
@@ -345,19 +269,6 @@ class BayesNetClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return Path(folder)
 
-    def _take(self, run: RunDirectory, summary: JsonObject, model: CalibratedModel) -> None:
-        """Take up the trained model of a run."""
-        trained, calibrator, self._threshold = model
-        self.run_, self.summary_, self._model_name = run.path, summary, trained.name
-        self.classes_ = read_labels(run, trained.classes)
-        self._preprocessing = trained.preprocessing
-        self._python_data = trained.settings.data.spec == PYTHON_DATA
-        self._predictor: Predictor = trained.predictor(Engine.for_one(self.devices), calibrator=calibrator)
-
-    def _check_fitted(self) -> None:
-        if not hasattr(self, "_predictor"):
-            raise NotFittedError("this BayesNetClassifier is not fitted yet: call fit, or use bayesnet.load")
-
 
 def load(
     run: str | Path | None = None,
@@ -381,18 +292,10 @@ def load(
         DeviceError: The device does not exist.
     """
     directory = find_run(None if run is None else checked_path(run, "run"))
-    summary, found = _model_of(directory, model, UserCode(backbone, guide))
+    summary, found = model_of(directory, model, UserCode(backbone, guide))
     arguments = loaded_arguments(found.trained.settings)
     if backbone is not None:
         arguments["backbone"] = backbone
     classifier = BayesNetClassifier(**arguments, guide=guide, devices=devices)
     classifier._take(directory, summary, found)
     return classifier
-
-
-def _model_of(run: RunDirectory, model: str | None, user: UserCode) -> tuple[JsonObject, CalibratedModel]:
-    """Return a finished run's summary, and the model that is named, or the Bayesian one where there is one."""
-    summary = read_finished(run)
-    names = trained_names(summary, run.path)
-    require(model is None or model in names, f"the run has {', '.join(names)}", where=f"model = {model}")
-    return summary, load_calibrated(run, model or names[-1], user._replace(optimizer=None))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from bayesnet.data.loading import read_batches
 from bayesnet.engine import Engine
 from bayesnet.inference.base import Posterior
 from bayesnet.types import Summary
+
+_LARGE_CHUNK, _LARGE_CHUNK_NUMBERS = 256, 2**19  # images, and their pixels in all channels: memory grows with both
 
 
 def log_mean_exp(log_values: Tensor, dim: int) -> Tensor:
@@ -43,6 +46,29 @@ def entropy(log_probabilities: Tensor) -> Tensor:
     # The clamp keeps 0 x -inf from being NaN and changes no term: exp(-1000) is 0.
     terms: Tensor = log_probabilities.exp() * log_probabilities.clamp_min(-1000)
     return 0.0 - terms.sum(-1)  # never -0.0
+
+
+class Decomposition(NamedTuple):
+    """Mean prediction and uncertainty of each image, nats: the mutual information is entropy less expected entropy.
+
+    Attributes:
+        log_mean_BK: Logarithms of the mean probabilities.
+        entropy_B: Entropy of the mean.
+        expected_entropy_B: Mean entropy of the draws, at most that.
+    """
+
+    log_mean_BK: Tensor
+    entropy_B: Tensor
+    expected_entropy_B: Tensor
+
+
+def decompose(log_probabilities_SBK: Tensor) -> Decomposition:
+    """Return the mean of the draws, and its entropy in total and within draws."""
+    log_mean_BK = log_mean_exp(log_probabilities_SBK, 0)
+    entropy_B = entropy(log_mean_BK)
+    # Jensen's inequality makes the mutual information non-negative; rounding may not.
+    expected_B = torch.minimum(_rows(entropy(log_probabilities_SBK), 0).mean(-1), entropy_B)
+    return Decomposition(log_mean_BK, entropy_B, expected_B)
 
 
 def interval_kind(num_draws: int, level: float) -> str:
@@ -68,13 +94,10 @@ def summarize(log_probabilities_SBK: Tensor, level: float) -> Summary:
     interpolation), widened where needed to contain the mean: with skewed draws a mean often lies outside.
     """
     num_draws = log_probabilities_SBK.shape[0]
-    log_mean_BK = log_mean_exp(log_probabilities_SBK, 0)
+    log_mean_BK, entropy_B, expected_B = decompose(log_probabilities_SBK)
     mean_BK = log_mean_BK.exp()
     tail = 0.0 if interval_kind(num_draws, level).startswith("range") else (1 - level) / 2
     lower_BK, upper_BK = _quantiles(log_probabilities_SBK, (tail, 1 - tail))
-    entropy_B = entropy(log_mean_BK)
-    # Jensen's inequality makes the mutual information non-negative; rounding may not.
-    expected_B = torch.minimum(_rows(entropy(log_probabilities_SBK), 0).mean(-1), entropy_B)
     return Summary(
         probability_BK=_host(mean_BK),
         lower_BK=_host(torch.minimum(lower_BK, mean_BK)),
@@ -84,6 +107,18 @@ def summarize(log_probabilities_SBK: Tensor, level: float) -> Summary:
         mutual_information_B=_host(entropy_B - expected_B),
         widened_BK=((mean_BK < lower_BK) | (mean_BK > upper_BK)).cpu().numpy(),
     )
+
+
+class RawPass(NamedTuple):
+    """What a posterior gives for a chunk of images, before anything is made of it.
+
+    Attributes:
+        logits_SBK: Draws of the logits, float64.
+        features_BD: What all draws share, or None where they share none.
+    """
+
+    logits_SBK: Tensor
+    features_BD: Tensor | None
 
 
 class Predictor:
@@ -118,24 +153,56 @@ class Predictor:
         self.calibrator = calibrator or Identity()
         self.workers = workers
 
+    def in_large_chunks(self, num_images: int) -> Predictor:
+        """Return a predictor of few large chunks: faster, and equal to this one but for rounding.
+
+        Args:
+            num_images: How many it will be given; chunks share them evenly.
+        """
+        most = max(self.chunk_size, min(_LARGE_CHUNK, _LARGE_CHUNK_NUMBERS // math.prod(self.preprocessing.shape)))
+        return Predictor(
+            self.posterior,
+            self.preprocessing,
+            engine=self.engine,
+            num_samples=self.num_samples,
+            chunk_size=math.ceil(num_images / math.ceil(num_images / most)),
+            calibrator=self.calibrator,
+            workers=self.workers,
+        )
+
+    @property
+    def num_draws(self) -> int:
+        """How many draws an answer is made of: the calibrator may give each a spread of its own."""
+        return self.calibrator.num_draws(self.num_samples)
+
     def log_probabilities(self, x_BCHW: Tensor) -> Tensor:
         """Return calibrated log-probabilities (S, B, K), float64, of at most ``chunk_size`` uint8 images."""
         return self.calibrator(self.raw_log_probabilities(x_BCHW))
 
-    @torch.inference_mode()
     def raw_log_probabilities(self, x_BCHW: Tensor) -> Tensor:
         """Return log-probabilities (S, B, K) before calibration, float64, of at most ``chunk_size`` uint8 images."""
+        return self.raw_pass(x_BCHW).logits_SBK.log_softmax(-1)
+
+    @torch.inference_mode()
+    def raw_pass(self, x_BCHW: Tensor) -> RawPass:
+        """Return the logits as the posterior gives them, with the features, of at most ``chunk_size`` uint8 images."""
         num_images = len(x_BCHW)
         assert 0 < num_images <= self.chunk_size
         if num_images < self.chunk_size:
             padding = x_BCHW[-1:].expand(self.chunk_size - num_images, *x_BCHW.shape[1:])
             x_BCHW = torch.cat([x_BCHW, padding])
-        draws_SBK = self.posterior.predict_draws(
-            self.preprocessing.normalize(self.engine.put(x_BCHW)), self.num_samples
-        )[:, :num_images]
+        normalized_BCHW = self.preprocessing.normalize(self.engine.put(x_BCHW))
+        draws_SBK, features_BD = self.posterior.draws_and_features(normalized_BCHW, self.num_samples)
+        draws_SBK = draws_SBK[:, :num_images]
         if draws_SBK.device.type == "mps":  # no float64 there
             draws_SBK = draws_SBK.cpu()
-        return draws_SBK.double().log_softmax(-1)
+        return RawPass(draws_SBK.double(), None if features_BD is None else features_BD[:num_images])
+
+    def chunks(self, examples: Examples, indices_N: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield the uint8 images (or some, by their indices), in order, ``chunk_size`` at a time."""
+        chosen = torch.arange(len(examples)) if indices_N is None else indices_N
+        with contextlib.closing(read_batches(examples, chosen.split(self.chunk_size), workers=self.workers)) as batches:
+            yield from batches
 
     def probabilities(self, examples: Examples) -> NDArray[np.float64]:
         """Return the mean calibrated probabilities (N, K) of all examples, in order."""
@@ -146,7 +213,7 @@ class Predictor:
     ) -> list[NDArray[np.float64]]:
         """Return the mean probabilities (N, K) under each calibrator, from one pass over the examples (or some)."""
         rows: list[list[NDArray[np.float64]]] = [[] for _ in calibrators]
-        for x_BCHW in self._chunks(examples, indices_N):
+        for x_BCHW in self.chunks(examples, indices_N):
             raw_SBK = self.raw_log_probabilities(x_BCHW)
             for calibrator, parts in zip(calibrators, rows, strict=True):
                 parts.append(_host(log_mean_exp(calibrator(raw_SBK), 0).exp()))
@@ -154,7 +221,7 @@ class Predictor:
 
     def raw_draws(self, examples: Examples, indices_N: Tensor) -> Tensor:
         """Return the uncalibrated log-probabilities (S, N, K) of some examples, float32 on the host."""
-        return torch.cat([self.raw_log_probabilities(x).float().cpu() for x in self._chunks(examples, indices_N)], 1)
+        return torch.cat([self.raw_log_probabilities(x).float().cpu() for x in self.chunks(examples, indices_N)], 1)
 
     def summaries(self, examples: Examples, level: float) -> Iterator[Summary]:
         """Yield the summary of each chunk of examples, in order.
@@ -163,23 +230,18 @@ class Predictor:
             examples: Images; their labels are not looked at.
             level: Mass of the intervals.
         """
-        for x_BCHW in self._chunks(examples):
+        for x_BCHW in self.chunks(examples):
             yield summarize(self.log_probabilities(x_BCHW), level)
 
     def mean_nll(self, examples: Examples) -> float:
         """Return the mean negative log-likelihood of the examples' labels under the mean probability, nats."""
         total, start = 0.0, 0
-        for x_BCHW in self._chunks(examples):
+        for x_BCHW in self.chunks(examples):
             log_mean_BK = log_mean_exp(self.log_probabilities(x_BCHW), 0).cpu()
             labels_B = examples.labels_N[start : start + len(x_BCHW)]
             total -= float(log_mean_BK.gather(1, labels_B[:, None]).sum())
             start += len(x_BCHW)
         return total / len(examples)
-
-    def _chunks(self, examples: Examples, indices_N: Tensor | None = None) -> Iterator[Tensor]:
-        chosen = torch.arange(len(examples)) if indices_N is None else indices_N
-        with contextlib.closing(read_batches(examples, chosen.split(self.chunk_size), workers=self.workers)) as batches:
-            yield from batches
 
 
 def _quantiles(log_values_SBK: Tensor, probabilities: Sequence[float]) -> list[Tensor]:

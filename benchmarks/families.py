@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import bayesnet
-from bayesnet.resampling import t_interval
+from bayesnet.metrics.resampling import t_interval
 from bayesnet.settings import resolve_settings
 
 TWIN = "deterministic"

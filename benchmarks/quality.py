@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import bayesnet
-from bayesnet.resampling import t_interval
+from bayesnet.metrics.resampling import t_interval
 
 METRICS = ("accuracy", "nll", "brier", "ece", "aurc")
 MODELS = ("deterministic", "bayesian")

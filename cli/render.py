@@ -30,7 +30,7 @@ def print_train_summary(summary: JsonObject) -> None:
     data, models, run = summary["data"], summary["models"], shlex.quote(summary["run"])
     splits = ", ".join(f"{data[f'num_{split}']} {split}" for split in ("train", "validation", "calibration", "test"))
     say(f"{data['name']}: {len(data['classes'])} classes; images: {splits}")
-    rows = [[label, *(_with_interval(model, key) for model in models.values())] for key, label in METRICS.items()]
+    rows = [[label, *(with_interval(model, key) for model in models.values())] for key, label in METRICS.items()]
     rows.append(["training seconds", *(f"{model['seconds']:.1f}" for model in models.values())])
     headers = [f"{name} ({model['family']})" for name, model in models.items()]
     table(f"test split, {data['num_test']} images, 95 % intervals in brackets", ["", *headers], rows)
@@ -50,30 +50,6 @@ def print_train_summary(summary: JsonObject) -> None:
     say(f"      bayesnet predict {examples} --run {run}")
 
 
-def print_calibration(record: JsonObject) -> None:
-    """Print both models before and after, the conformal sets, where the report is, and the closing sentence."""
-    headers, columns = [""], []
-    for name, model in record["models"].items():
-        headers += [f"{name}, before", f"after (T = {model['temperature']:.3f})"]
-        columns += [model["before"], model["after"]]
-    rows = [[label, *(_with_interval(column, key) for column in columns)] for key, label in METRICS.items()]
-    rows.append(["ECE if perfect", *(_interval(column["ece_null95"]) for column in columns)])
-    table("test split, 95 % intervals in brackets", headers, rows)
-    for name, model in record["models"].items():
-        if model["posterior_temperature"] != 1:
-            say(f"{name}: posterior temperature {model['posterior_temperature']:g} in training")
-        if model["notice"]:
-            say(f"{name}: {model['notice']}")
-    conformal = record["conformal"]
-    say(
-        f"label sets at {1 - conformal['alpha']:.0%}: coverage {conformal['coverage']:.3f} "
-        f"(expected {_interval(conformal['coverage_band'])}), {conformal['mean_set_size']:.2f} labels on average"
-        + (f"; {conformal['notice']}" if conformal["notice"] else "")
-    )
-    say(f"report: {record['report']}")
-    say(record["sentence"])
-
-
 def print_predictions(record: JsonObject) -> None:
     """Print one row per image, and what the intervals are."""
     interval = record["interval"]
@@ -85,7 +61,7 @@ def print_predictions(record: JsonObject) -> None:
             f"[{row['lower']:.3f}, {row['upper']:.3f}]" if interval["samples"] > 1 else "-",
             f"{row['entropy']:.3f}",
             f"{row['mutual_information']:.3f}",
-            _names(row["set"]),
+            _names(row["set"]) + (" abstains" if row["abstain"] else ""),
         ]
         for row in record["predictions"]
     ]
@@ -109,10 +85,10 @@ def print_bench(record: JsonObject) -> None:
             str(row["batch"]),
             str(row["samples"]),
             f"{row['images_per_second']:,.0f}",
-            f"{row['ms_median']:.3f} {_interval(row['ci95'], 3)}",
+            f"{row['ms_median']:.3f} {interval_text(row['ci95'], 3)}",
             f"{row['ms_p95']:.3f}",
             "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:.0f}",
-            f"{row['ratio_to_deterministic']:.3f} {_interval(row['ratio_ci95'], 3)}",
+            f"{row['ratio_to_deterministic']:.3f} {interval_text(row['ratio_ci95'], 3)}",
         ]
         for row in record["rows"]
     ]
@@ -122,7 +98,7 @@ def print_bench(record: JsonObject) -> None:
     for row in record["control"]["rows"]:
         say(
             f"control, {row['device']} {row['phase']}: the twin against itself {row['ratio']:.3f} "
-            f"{_interval(row['ci95'], 3)}; differences of this size are noise"
+            f"{interval_text(row['ci95'], 3)}; differences of this size are noise"
         )
 
 
@@ -133,7 +109,7 @@ def print_comparison(record: JsonObject) -> None:
             printable(row["run"]),
             f"{row['model']} ({row['family']})" + (", calibrated" if row["calibrated"] else ""),
             str(row["seed"]),
-            *(_with_interval(row["metrics"], key) for key in METRICS),
+            *(with_interval(row["metrics"], key) for key in METRICS),
         ]
         for row in record["rows"]
     ]
@@ -155,7 +131,7 @@ def _print_groups(groups: Sequence[JsonObject]) -> None:
         rows.append([title, seeds, *("-" if v["mean"] is None else f"{v['mean']:.4f} ± {v['sd']:.4f}" for v in values)])
         if "difference_to_twin" in group:
             values = [group["difference_to_twin"][key] for key in METRICS]
-            cells = ["-" if v["mean"] is None else f"{v['mean']:+.4f} {_interval(v['ci95'])}" for v in values]
+            cells = ["-" if v["mean"] is None else f"{v['mean']:+.4f} {interval_text(v['ci95'])}" for v in values]
             rows.append(["  less its twin", seeds, *cells])
     if rows:
         title = "over seeds: mean ± sd; differences with 95 % t intervals"
@@ -243,13 +219,14 @@ def say(text: str) -> None:
     click.echo(printable(text))
 
 
-def _with_interval(values: Mapping[str, object], key: str) -> str:
+def with_interval(values: Mapping[str, object], key: str) -> str:
     """Return ``0.993 [0.978, 0.998]``, or a dash for a metric that does not exist here."""
     value, interval = values[key], values["ci95"][key]  # type: ignore[index]
-    return "-" if value is None else f"{value:.4f} {_interval(interval)}"
+    return "-" if value is None else f"{value:.4f} {interval_text(interval)}"
 
 
-def _interval(bounds: Sequence[float | None], decimals: int = 4) -> str:
+def interval_text(bounds: Sequence[float | None], decimals: int = 4) -> str:
+    """Return ``[0.978, 0.998]``, with dashes for ends that do not exist."""
     low, high = ("-" if bound is None else f"{bound:.{decimals}f}" for bound in bounds)
     return f"[{low}, {high}]"
 

@@ -60,10 +60,45 @@ def calibrated_run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) 
 
     path = tmp_path_factory.mktemp("runs") / "calibrated"
     shutil.copytree(trained_run, path)
-    workflows.calibrate(path, devices="cpu")
+    workflows.calibrate(path, devices="cpu", num_corrupted=20)
     before = _snapshot(path)
     yield path
     assert _snapshot(path) == before, "a test wrote to the run that all share"
+
+
+@pytest.fixture(scope="session")
+def noisy_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Give a finished Bayesian run on digits under noise, which has errors enough to calibrate. Do not write to it."""
+    from sklearn.datasets import load_digits
+
+    from bayesnet import workflows
+
+    digits, generator = load_digits(), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("noisy")
+    for index, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        pixels = np.clip(image * (255 / 16) + generator.normal(0, 60, image.shape), 0, 255).astype(np.uint8)
+        (folder / str(label)).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / str(label) / f"{index:04d}.png")
+    path = tmp_path_factory.mktemp("runs") / "noisy"
+    overrides = (*SMALL, "data.channels=1", "data.image_size=8", "data.fractions=[0.4, 0.1, 0.25, 0.25]")
+    workflows.train(
+        config="digits/mean_field",
+        data=f"folder:{folder}",
+        bayesian=True,
+        epochs=25,
+        devices="cpu",
+        overrides=overrides,
+        out=path,
+    )
+    before = _snapshot(path)
+    yield path
+    assert _snapshot(path) == before, "a test wrote to the run that all share"
+
+
+@pytest.fixture
+def noisy_copy(noisy_run: Path, tmp_path: Path) -> Path:
+    """Give a copy of ``noisy_run`` to write to."""
+    return Path(shutil.copytree(noisy_run, tmp_path / "noisy"))
 
 
 @pytest.fixture

@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
-from bayesnet.calibration import identity, temperature
+from bayesnet.calibration.abstention import (
+    AbstentionThreshold,
+    abstains,
+    abstention_from_json,
+    evaluate_abstention,
+    fit_abstention,
+    parse_risk,
+)
 from bayesnet.calibration.base import Calibrator, CalibratorFamily, nll_of_mean
 from bayesnet.calibration.conformal import (
+    CONFORMAL,
+    ConformalMethod,
     ConformalThreshold,
     coverage_band,
     evaluate_sets,
     fit_lac,
+    image_uniforms,
     prediction_sets,
     threshold_from_json,
 )
+from bayesnet.calibration.fitting import CALIBRATORS, FittedCalibrator, fit_calibrator
 from bayesnet.calibration.verdict import verdict
 from bayesnet.errors import CheckpointError
-from bayesnet.registry import Registry
 
 __all__ = [
     "CALIBRATORS",
+    "CONFORMAL",
+    "AbstentionThreshold",
     "Calibrator",
     "CalibratorFamily",
+    "ConformalMethod",
     "ConformalThreshold",
+    "FittedCalibrator",
+    "abstains",
+    "abstention_from_json",
     "calibrator_from_json",
     "coverage_band",
+    "evaluate_abstention",
     "evaluate_sets",
+    "fit_abstention",
+    "fit_calibrator",
     "fit_lac",
+    "image_uniforms",
     "nll_of_mean",
+    "parse_risk",
     "prediction_sets",
     "threshold_from_json",
     "verdict",
 ]
-
-CALIBRATORS: Registry[CalibratorFamily] = Registry(
-    "calibrator", {family.name: family for family in (identity.FAMILY, temperature.FAMILY)}
-)
 
 
 def calibrator_from_json(entry: object) -> Calibrator:

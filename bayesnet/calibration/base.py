@@ -1,7 +1,8 @@
 """The contract of a calibrator: a map on the log-probability vector of every posterior draw.
 
 It is fitted on the negative log-likelihood of the mean of the mapped draws, the probability that is reported, and
-applied to every draw, so that intervals and entropies belong to the calibrated model too.
+applied to every draw, so that intervals and entropies belong to the calibrated model too. A calibrator that is
+uncertain itself may give more draws than it takes: `Calibrator.num_draws` says how many.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from bayesnet.errors import CheckpointError
 from bayesnet.types import JsonObject
 
-CHUNK_ELEMENTS = 4_000_000  # log-probabilities mapped at once: 32 MB a temporary
+CHUNK_ELEMENTS = 500_000  # log-probabilities mapped at once: 4 MB a temporary, near a processor's cache
 
 
 class Calibrator(ABC):
-    """A map on log-probability vectors, the same for every draw and image."""
+    """A map on the log-probability vectors of every draw, which treats each image on its own."""
 
     name: ClassVar[str]
 
@@ -32,8 +34,13 @@ class Calibrator(ABC):
             log_probabilities_SBK: (draws, batch, classes), normalised, float32 or float64, on any device.
 
         Returns:
-            The same shape, dtype and device, normalised.
+            (`num_draws` of the draws, batch, classes), normalised, of the same dtype and device. An image's rows do not
+            depend on the other images.
         """
+
+    def num_draws(self, num_draws: int) -> int:
+        """Return how many draws come out where ``num_draws`` go in: as many, unless a calibrator says otherwise."""
+        return num_draws
 
     @abstractmethod
     def to_json(self) -> JsonObject:
@@ -68,15 +75,42 @@ def nll_of_mean(log_probabilities_SNK: Tensor, labels_N: Tensor, calibrator: Cal
         Nats per example; infinite if a label has probability 0 in every draw.
     """
     num_draws, num_examples, num_classes = log_probabilities_SNK.shape
-    step = max(1, CHUNK_ELEMENTS // (num_draws * num_classes))
+    num_mapped = num_draws if calibrator is None else calibrator.num_draws(num_draws)
+    step = max(1, CHUNK_ELEMENTS // (num_mapped * num_classes))
     total = 0.0
     for start in range(0, num_examples, step):
         chunk_SBK = log_probabilities_SNK[:, start : start + step].double()
         mapped_SBK = chunk_SBK if calibrator is None else calibrator(chunk_SBK)
-        index_SB1 = labels_N[start : start + step].expand(num_draws, -1)[..., None]
+        index_SB1 = labels_N[start : start + step].expand(num_mapped, -1)[..., None]
         label_SB = mapped_SBK.gather(2, index_SB1)[..., 0]
         total += float(torch.logsumexp(label_SB, 0).sum())
-    return math.log(num_draws) - total / num_examples
+    return math.log(num_mapped) - total / num_examples
+
+
+def check_num_classes(name: str, num_classes: int, log_probabilities_SBK: Tensor) -> None:
+    """Raise CheckpointError unless a calibrator with parameters for each class meets as many classes.
+
+    Args:
+        name: Of the calibrator.
+        num_classes: Classes that it was fitted for.
+        log_probabilities_SBK: What it is applied to.
+
+    Raises:
+        CheckpointError: The model has another number of classes.
+    """
+    if log_probabilities_SBK.shape[2] != num_classes:
+        found = f"{num_classes} classes, the model has {log_probabilities_SBK.shape[2]}"
+        raise CheckpointError(f"{name} calibrator is for {found}", hint="run calibrate again")
+
+
+def is_number(value: object, low: float, high: float) -> bool:
+    """Return whether a value read from JSON is a number (no boolean) from ``low`` to ``high``; NaN is none.
+
+    Example:
+        >>> is_number(1, 0, 2), is_number(True, 0, 2), is_number(float("nan"), 0, 2)
+        (True, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 def check_calibration_data(log_probabilities_SNK: Tensor, labels_N: Tensor) -> None:

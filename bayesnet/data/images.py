@@ -6,6 +6,7 @@ what its pixels mean (orientation, transparency, 16 bits) is settled here once, 
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import stat
@@ -140,10 +141,34 @@ def write_png(path: Path | str, image_CHW: Tensor) -> None:
         path: The file to write.
         image_CHW: uint8 pixels with 1 or 3 channels.
     """
-    assert image_CHW.dtype == torch.uint8, image_CHW.dtype
-    assert image_CHW.shape[0] in (1, 3), image_CHW.shape
-    array = image_CHW.detach().cpu().permute(1, 2, 0).contiguous().numpy()
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(path, format="PNG")
+    _to_pillow(image_CHW).save(path, format="PNG")
+
+
+def scaled_pixels(image_CHW: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Return what a file of these pixels reads as under a preprocessing: uint8 (C', H, W) of its channels and size.
+
+    Args:
+        image_CHW: uint8 pixels with 1 or 3 channels.
+        preprocessing: Channels and size of the result; the statistics are not used here.
+
+    Raises:
+        DataError: The model takes no image files.
+    """
+    _check_takes_files(preprocessing, "pixels in memory")
+    return pillow_pixels(_to_pillow(image_CHW), preprocessing, preprocessing.channels)
+
+
+def jpeg_pixels(image_CHW: Tensor, quality: int) -> Tensor:
+    """Return what is left of an image, uint8 (C, H, W), after it was stored as a JPEG file.
+
+    Args:
+        image_CHW: uint8 pixels with 1 or 3 channels.
+        quality: Of the file, 1 to 95.
+    """
+    with io.BytesIO() as file:
+        _to_pillow(image_CHW).save(file, format="JPEG", quality=quality)
+        file.seek(0)
+        return _to_tensor(JpegImageFile(file), image_CHW.shape[0])
 
 
 def stat_file(path: Path) -> os.stat_result:
@@ -306,6 +331,14 @@ def _on_white(image: Image.Image) -> Image.Image:
     if image.mode != "RGBA":
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _to_pillow(image_CHW: Tensor) -> Image.Image:
+    """Return uint8 pixels (C, H, W) of 1 or 3 channels as an image of Pillow's."""
+    assert image_CHW.dtype == torch.uint8, image_CHW.dtype
+    assert image_CHW.shape[0] in (1, 3), image_CHW.shape
+    array = image_CHW.detach().cpu().permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
 def _to_tensor(image: Image.Image, channels: int) -> Tensor:

@@ -110,6 +110,10 @@ class Posterior(nn.Module, ABC):
     def predict_draws(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
         """Return draws of the logits (S, B, K), right for each image by itself and never for joint quantities."""
 
+    def draws_and_features(self, x_BCHW: Tensor, num_samples: int) -> tuple[Tensor, Tensor | None]:
+        """Return what `predict_draws` returns, and the features (B, D) that all draws share, or None."""
+        return self.predict_draws(x_BCHW, num_samples), None
+
     def members(self) -> tuple[Posterior, ...]:
         """Return the posteriors that are trained one after the other: itself, but for ensembles."""
         return (self,)
@@ -199,6 +203,11 @@ class HeadPosterior(Posterior):
     def predict_draws(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
         """Return draws of the logits (S, B, K) from one backbone pass, the same in every call."""
         return self.draws_from_features(self.features(x_BCHW), num_samples)
+
+    def draws_and_features(self, x_BCHW: Tensor, num_samples: int) -> tuple[Tensor, Tensor | None]:
+        """Return draws of the logits (S, B, K) and the features (B, D) of one backbone pass."""
+        features_BD = self.features(x_BCHW)
+        return self.draws_from_features(features_BD, num_samples), features_BD
 
     @abstractmethod
     def draws_from_features(self, features_BD: Tensor, num_samples: int) -> Tensor:

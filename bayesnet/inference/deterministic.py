@@ -53,6 +53,11 @@ class Deterministic(Posterior):
         """Return the logits as the only draw (1, B, K)."""
         return self.logits(x_BCHW, num_samples)
 
+    def draws_and_features(self, x_BCHW: Tensor, num_samples: int) -> tuple[Tensor, Tensor | None]:
+        """Return the logits as the only draw (1, B, K), and the features (B, D)."""
+        features_BD: Tensor = self.backbone(x_BCHW)
+        return self.head(features_BD).unsqueeze(0), features_BD
+
 
 def build(parts: Parts, config: DeterministicConfig) -> Posterior:
     """Return an untrained twin."""

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
-
 from bayesnet import metrics, storage
-from bayesnet.calibration import CALIBRATORS, Calibrator, ConformalThreshold, evaluate_sets, fit_lac, verdict
-from bayesnet.calibration.identity import Identity
+from bayesnet.calibration import (
+    CALIBRATORS,
+    CONFORMAL,
+    AbstentionThreshold,
+    Calibrator,
+    ConformalThreshold,
+    evaluate_abstention,
+    evaluate_sets,
+    fit_abstention,
+    fit_calibrator,
+    verdict,
+)
 from bayesnet.calibration.temperature import Temperature
 from bayesnet.config import require
-from bayesnet.data import ImageData
+from bayesnet.data import ImageData, Preprocessing
 from bayesnet.data.splits import halves
+from bayesnet.data.unfamiliar import PHOTOGRAPHS
 from bayesnet.engine import Engine
 from bayesnet.errors import DataError
-from bayesnet.predictive import Predictor, log_mean_exp
-from bayesnet.report import CalibrationReport, calibration_report
+from bayesnet.report import calibration_report
 from bayesnet.rundir import RunDirectory, find_run
 from bayesnet.types import JsonObject
+from bayesnet.workflows.answering import Answering, Answers, answer
+from bayesnet.workflows.robustness import can_be_corrupted, robustness_records, some_images
 from bayesnet.workflows.trained import (
     NO_USER_CODE,
     TrainedModel,
@@ -32,156 +41,252 @@ from bayesnet.workflows.trained import (
     read_settings,
     trained_names,
 )
+from bayesnet.workflows.uncertainty import uncertainty_record
+from bayesnet.workflows.unfamiliarity import unfamiliar_records, unfamiliar_sets
 
 COMPARED = ("nll", "brier", "accuracy")
+MAX_CORRUPTED = 200
+NONE = "none"
+"""The spec of no unfamiliar images."""
+
+
+class CalibrationPlan(NamedTuple):
+    """What `calibrate` is asked for.
+
+    Attributes:
+        alpha: 1 - alpha is the nominal coverage of the label sets.
+        calibrator: A name of CALIBRATORS.
+        sets: A name of CONFORMAL: the label sets that `predict` gives.
+        max_risk: Largest share of wrong answers among those that are given; None for no abstention.
+        ood: Unfamiliar images: "photographs", a data set, a folder, or "none".
+        num_corrupted: Test images that are corrupted, 0 for none.
+    """
+
+    alpha: float = 0.1
+    calibrator: str = "temperature"
+    sets: str = "lac"
+    max_risk: float | None = None
+    ood: str = PHOTOGRAPHS
+    num_corrupted: int = MAX_CORRUPTED
+
+    def check(self) -> None:
+        """Raise ConfigError unless every value is one that can be had."""
+        require(0 < self.alpha < 1, "must lie between 0 and 1", where=f"alpha = {self.alpha}")
+        valid = self.max_risk is None or 0 < self.max_risk < 1
+        require(valid, "must lie between 0 and 1", where=f"max_risk = {self.max_risk}")
+        require(self.num_corrupted >= 0, "must not be negative", where=f"num_corrupted = {self.num_corrupted}")
+        _ = CALIBRATORS[self.calibrator], CONFORMAL[self.sets]  # an unknown name is told before anything is read
 
 
 class _Frozen(NamedTuple):
     """A model with everything fitted: from here on the test split may be read."""
 
     model: TrainedModel
-    predictor: Predictor
-    calibrator: Calibrator
+    answering: Answering
     notice: str | None
-    threshold: ConformalThreshold
-
-
-class _Tested(NamedTuple):
-    """Mean probabilities (N, K) on the test split."""
-
-    before: NDArray[np.float64]
-    after: NDArray[np.float64]
+    thresholds: dict[str, ConformalThreshold]
+    abstention: AbstentionThreshold | None
 
 
 def calibrate(
     run: str | Path | None = None,
     *,
     alpha: float = 0.1,
+    calibrator: str = "temperature",
+    sets: str = "lac",
+    max_risk: float | None = None,
+    ood: str = PHOTOGRAPHS,
+    num_corrupted: int = MAX_CORRUPTED,
     devices: str = "auto",
     data: ImageData | None = None,
     user: UserCode = NO_USER_CODE,
 ) -> JsonObject:
     """Calibrate the models of a run and say, with error bars, what it changed and which model is better.
 
-    The calibration split is halved by seed: half A fits the temperature, half B sets the conformal threshold; only then
-    is the test split read. The result is stored in the run and used by `predict` from then on.
+    The calibration split is halved by seed: half A fits the calibrator, half B the thresholds of label sets and
+    abstention; only then is the test split read. The result is stored in the run and used by `predict` from then on.
 
     Args:
         run: A run directory; the newest finished one by default.
-        alpha: 1 - alpha is the nominal coverage of the conformal sets.
+        alpha: 1 - alpha is the nominal coverage of the label sets.
+        calibrator: "temperature", "vector", "isotonic", "bayesian_temperature" or "identity".
+        sets: Which label sets `predict` gives: "lac", "aps", "raps" or "class_conditional"; all are evaluated.
+        max_risk: Largest share of wrong answers, such as 0.02, among the images that are not abstained from.
+        ood: Unfamiliar images: "photographs", a data set, a folder, or "none".
+        num_corrupted: Test images that are corrupted, at most; 0 leaves corruptions out.
         devices: "auto", "cpu", "cuda:0".
         data: The run's data, where they were given from Python.
         user: The run's own code, where it was given from Python.
 
     Returns:
-        ``run``, ``models`` (each ``before``, ``after``, ``temperature``, ``conformal``), ``conformal`` of the Bayesian
-        model (of the twin where it is alone), ``sentence``, ``report``.
+        What calibration.json holds: ``run``, ``data``, ``alpha``, ``models`` (each ``before``, ``after``,
+        ``temperature``, ``conformal``, ``abstention``, ``uncertainty``, ``unfamiliar``, ``robustness`` and what the
+        figures show), ``differences``, ``conformal`` of the Bayesian model (of the twin where it is alone),
+        ``sentence`` and ``report``.
 
     Raises:
-        BayesnetError: A missing or damaged run, changed data, alpha out of range.
+        BayesnetError: A missing or damaged run, changed data, a value out of range.
     """
-    require(0 < alpha < 1, "must lie between 0 and 1", where=f"alpha = {alpha}")
+    plan = CalibrationPlan(alpha, calibrator, sets, max_risk, ood, num_corrupted)
+    plan.check()
     directory = find_run(run)
     with directory.lock():
         settings = read_settings(directory)
         names = trained_names(read_finished(directory), directory.path)
         engine = Engine.for_one(devices)
         models = {name: load_model(directory, name, user) for name in names}
-        data = read_data(directory, settings, models[names[0]].preprocessing, data)
+        preprocessing = models[names[0]].preprocessing
+        data = read_data(directory, settings, preprocessing, data)
         if len(data.calibration) < 2:
             raise DataError("the calibration split has fewer than 2 images", where=data.spec, hint="add some")
-        frozen = {name: _freeze(model, data, engine, alpha, settings.data.seed) for name, model in models.items()}
-        tested = {
-            name: _Tested(*each.predictor.probabilities_under(data.test, [Identity(), each.calibrator]))
-            for name, each in frozen.items()
-        }
-        return _publish(directory, data, frozen, tested)
+        half_sizes, frozen = _freeze(models, data, engine, plan, settings.data.seed)
+        return _publish(directory, data, preprocessing, plan, half_sizes, frozen)
 
 
-def _freeze(model: TrainedModel, data: ImageData, engine: Engine, alpha: float, seed: int) -> _Frozen:
-    """Fit the calibrator on half A and the conformal threshold on half B of the calibration split."""
-    predictor = model.predictor(engine)
+def _freeze(
+    models: Mapping[str, TrainedModel], data: ImageData, engine: Engine, plan: CalibrationPlan, seed: int
+) -> tuple[tuple[int, int], dict[str, _Frozen]]:
+    """Fit calibrators on half A of the calibration split, thresholds on half B; return the sizes of the halves too."""
     labels_N = data.calibration.labels_N
     half_a, half_b = halves(labels_N, seed)
-    calibrator, notice = fit_temperature(predictor.raw_draws(data.calibration, half_a), labels_N[half_a])
-    [calibrated_NK] = predictor.probabilities_under(data.calibration, [calibrator], half_b)
-    threshold = fit_lac(calibrated_NK, labels_N[half_b].numpy(), alpha)
-    return _Frozen(model, predictor, calibrator, notice, threshold)
+    answering, notices = {}, {}
+    for name, model in models.items():
+        predictor = model.predictor(engine)
+        draws_SNK = predictor.raw_draws(data.calibration, half_a)
+        fitted = fit_calibrator(plan.calibrator, draws_SNK, labels_N[half_a])
+        answering[name], notices[name] = Answering(predictor, fitted.calibrator), fitted.notice
+    labels_B = labels_N[half_b].numpy()
+    frozen = {}
+    for name, answers in answer(answering, data.calibration, half_b).items():
+        p_BK, uniform_B = answers.after_NK, answers.uniform_N
+        thresholds = {key: method.fit(p_BK, labels_B, plan.alpha, uniform_B) for key, method in CONFORMAL.items()}
+        abstention = None if plan.max_risk is None else fit_abstention(p_BK, labels_B, plan.max_risk)
+        frozen[name] = _Frozen(models[name], answering[name], notices[name], thresholds, abstention)
+    return (len(half_a), len(half_b)), frozen
 
 
-def fit_temperature(draws_SNK: Tensor, labels_N: Tensor) -> tuple[Calibrator, str | None]:
-    """Return the temperature fitted on half A, or the identity where half A cannot tell one; and a notice or None.
-
-    Where every image of half A is classified right, its NLL falls without end as T falls: the temperature that it asks
-    for is the most overconfident one, and ruins the NLL of the first error elsewhere. With errors an optimum at the
-    bound of the range is a real one: the mean of sharpened draws is a vote, whose NLL stays finite where draws differ.
-
-    Args:
-        draws_SNK: Log-probabilities (S, N, K) on half A.
-        labels_N: Its labels (N,).
-    """
-    errors = int((log_mean_exp(draws_SNK.double(), 0).argmax(1) != labels_N).sum())
-    if not errors:
-        found = f"{len(labels_N)} images of half A with {errors} errors"
-        return Identity(), f"no temperature is applied: {found} cannot tell one"
-    calibrator = CALIBRATORS["temperature"].fit(draws_SNK, labels_N)
-    if isinstance(calibrator, Temperature) and calibrator.at_bound:
-        return calibrator, f"the temperature is at the bound of its range, {calibrator.temperature:g}"
-    return calibrator, None
-
-
-def _publish(run: RunDirectory, data: ImageData, frozen: dict[str, _Frozen], tested: dict[str, _Tested]) -> JsonObject:
-    """Evaluate on the test split; write calibration.json, the diagram and the report; return the record."""
+def _publish(
+    run: RunDirectory,
+    data: ImageData,
+    preprocessing: Preprocessing,
+    plan: CalibrationPlan,
+    half_sizes: tuple[int, int],
+    frozen: Mapping[str, _Frozen],
+) -> JsonObject:
+    """Evaluate on the test split; write calibration.json, the figures and the report; return the record."""
+    models = {name: each.answering for name, each in frozen.items()}
+    tested = answer(models, data.test, keep_features=plan.ood != NONE)
+    records = {name: _model_record(model, tested[name], data, plan) for name, model in frozen.items()}
+    for key, found in _beyond_the_test_split(models, tested, data, preprocessing, plan).items():
+        for name, each in records.items():
+            each[key] = found.get(name)
+    for name, each in records.items():
+        each["training"] = training_trace(run, name)
     labels_N = data.test.labels_N.numpy()
-    records = {name: _model_record(frozen[name], tested[name], labels_N) for name in frozen}
-    panels: dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]] = {}
-    for name, each in tested.items():
-        panels |= {f"{name}, before": (each.before, labels_N), f"{name}, after": (each.after, labels_N)}
-    from bayesnet.plots import reliability_diagram  # matplotlib takes half a second to import
-
-    image = reliability_diagram(panels)
     differences: JsonObject = {}
     if len(tested) > 1:
-        pair = tested["bayesian"].after, tested["deterministic"].after
+        pair = tested["bayesian"].after_NK, tested["deterministic"].after_NK
         differences = {key: metrics.paired_difference(*pair, labels_N, key) for key in COMPARED}
-    sentence = verdict({name: record["after"] for name, record in records.items()}, differences)
-    default = list(records)[-1]
+    num_half_a, num_half_b = half_sizes
     record: JsonObject = {
         "run": str(run.path),
+        "data": {
+            "name": data.name,
+            "classes": list(data.classes),
+            "num_half_a": num_half_a,
+            "num_half_b": num_half_b,
+            "num_test": len(labels_N),
+        },
+        "alpha": plan.alpha,
         "models": records,
         "differences": differences,
-        "conformal": records[default]["conformal"]["lac"],
-        "sentence": sentence,
+        "conformal": records[list(records)[-1]]["conformal"][plan.sets],
+        "sentence": verdict({name: each["after"] for name, each in records.items()}, differences),
         "report": str(run.report),
     }
-    with storage.storage_errors("cannot make the directory", run.plots):
-        storage.make_directories(run.plots)
-    storage.write_bytes(run.plots / "reliability.png", image)
-    report = CalibrationReport(
-        title=f"Calibration of {run.path.name}",
-        sentence=sentence,
-        run=run.path.name,
-        models=records,
-        conformal=record["conformal"],
-        images={"reliability": image},
-    )
-    run.write_text(run.report.name, calibration_report(report))
-    run.write_json(run.calibration.name, record)
+    _write(run, record, data)
     return record
 
 
-def _model_record(frozen: _Frozen, tested: _Tested, labels_N: NDArray[np.int64]) -> JsonObject:
-    """Return what is stored of one model: its calibrator and threshold, and its metrics on the test split."""
-    calibrator, threshold = frozen.calibrator, frozen.threshold
+def _model_record(frozen: _Frozen, tested: Answers, data: ImageData, plan: CalibrationPlan) -> JsonObject:
+    """Return what is stored of one model: its calibrator and thresholds, and all about it on the test split."""
+    labels_N, after_NK = data.test.labels_N.numpy(), tested.after_NK
+    calibrator, settings = frozen.answering.calibrator, frozen.model.settings
     return {
-        "family": frozen.model.settings.inference.family,
-        "posterior_temperature": frozen.model.settings.training.temperature,
+        "family": settings.inference.family,
+        "posterior_temperature": settings.training.temperature,
         "digest": frozen.model.digest,
         "calibrator": calibrator.to_json(),
-        "temperature": calibrator.temperature if isinstance(calibrator, Temperature) else 1.0,
+        "temperature": _temperature(calibrator),
         "notice": frozen.notice,
-        "threshold": threshold.to_json(),
-        "before": metrics.evaluate(tested.before, labels_N),
-        "after": metrics.evaluate(tested.after, labels_N),
-        "conformal": {threshold.method: evaluate_sets(tested.after, labels_N, threshold)},
+        "threshold": frozen.thresholds[plan.sets].to_json(),
+        "abstention_threshold": None if frozen.abstention is None else frozen.abstention.to_json(),
+        "before": metrics.evaluate(tested.before_NK, labels_N),
+        "after": metrics.evaluate(after_NK, labels_N),
+        "reliability": {
+            "before": metrics.reliability_record(tested.before_NK, labels_N),
+            "after": metrics.reliability_record(after_NK, labels_N),
+        },
+        "risk_coverage": metrics.risk_coverage_record(after_NK, labels_N),
+        "confusion": metrics.confusion_matrix(after_NK, labels_N).tolist(),
+        "classes": metrics.per_class(after_NK, labels_N, data.classes),
+        "conformal": {
+            name: evaluate_sets(after_NK, labels_N, threshold, tested.uniform_N, classes=data.classes)
+            for name, threshold in frozen.thresholds.items()
+        },
+        "abstention": None if frozen.abstention is None else evaluate_abstention(after_NK, labels_N, frozen.abstention),
+        "uncertainty": uncertainty_record(tested, labels_N, data.test, data.classes),
     }
+
+
+def _temperature(calibrator: Calibrator) -> float | None:
+    """Return the temperature of a calibrator that has one; 1 where nothing is changed."""
+    if isinstance(calibrator, Temperature):
+        return calibrator.temperature
+    return 1.0 if calibrator.name == "identity" else None
+
+
+def _beyond_the_test_split(
+    models: Mapping[str, Answering],
+    tested: Mapping[str, Answers],
+    data: ImageData,
+    preprocessing: Preprocessing,
+    plan: CalibrationPlan,
+) -> dict[str, dict[str, JsonObject]]:
+    """Return what the models make of corrupted and of unfamiliar images, by key and model."""
+    images = some_images(data.test, plan.num_corrupted) if plan.num_corrupted else None
+    if images is not None and not can_be_corrupted(images):
+        images = None
+    robustness = {} if images is None else robustness_records(models, images)
+    unfamiliar: dict[str, JsonObject] = {name: {} for name in models}
+    if plan.ood != NONE:
+        sets = unfamiliar_sets(plan.ood, data, preprocessing, images)
+        unfamiliar = unfamiliar_records(models, tested, data.train, sets)
+    return {"robustness": robustness, "unfamiliar": unfamiliar}
+
+
+def training_trace(run: RunDirectory, name: str) -> list[JsonObject]:
+    """Return loss, NLL and KL / N of each epoch of a model, nats per example: the loss is the negative ELBO / N."""
+    lines = [line for line in run.read_metrics() if line.get("model") == name]
+    return [
+        {
+            "epoch": epoch,
+            "nll": line["train_nll"],
+            "kl": line["kl_per_example"],
+            "loss": None if line["train_nll"] is None else line["train_nll"] + line["kl_per_example"],
+        }
+        for epoch, line in enumerate(lines, start=1)
+    ]
+
+
+def _write(run: RunDirectory, record: JsonObject, data: ImageData) -> None:
+    """Write figures, report and, last, calibration.json, which `predict` reads."""
+    from bayesnet.plots import draw_figures, draw_grids  # matplotlib takes half a second to import
+
+    figures = draw_figures(record) | draw_grids(record, lambda indices: data.test.read(indices).numpy())
+    with storage.storage_errors("cannot make the directory", run.plots):
+        storage.make_directories(run.plots)
+    for name, image in figures.items():
+        storage.write_bytes(run.plots / f"{name}.png", image)
+    run.write_text(run.report.name, calibration_report(record, figures, title=f"Calibration of {run.path.name}"))
+    run.write_json(run.calibration.name, record)

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bayesnet.metrics import METRICS
-from bayesnet.resampling import t_interval
+from bayesnet.metrics.resampling import t_interval
 from bayesnet.rundir import RunDirectory
 from bayesnet.types import JsonObject
+from bayesnet.workflows.calibrated import load_calibration
 from bayesnet.workflows.trained import (
     EVALUATION,
-    load_calibration,
     load_model,
     read_finished,
     read_settings,

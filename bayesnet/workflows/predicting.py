@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bayesnet.calibration import prediction_sets
+from bayesnet.calibration import abstains, image_uniforms, prediction_sets
 from bayesnet.config import require
 from bayesnet.data.images import image_paths, read_image
 from bayesnet.engine import Engine
@@ -16,7 +17,8 @@ from bayesnet.errors import DataError
 from bayesnet.predictive import interval_kind, summarize
 from bayesnet.rundir import find_run
 from bayesnet.types import JsonObject, Summary
-from bayesnet.workflows.trained import load_calibrated, read_finished, trained_names
+from bayesnet.workflows.calibrated import load_calibrated
+from bayesnet.workflows.trained import read_finished, trained_names
 
 
 class ImageClassifier:
@@ -49,12 +51,12 @@ class ImageClassifier:
         require(
             model is None or model in names, f"the run has no such model, it has {', '.join(names)}", where=f"{model}"
         )
-        trained, calibrator, self.threshold = load_calibrated(directory, model or names[-1])
+        trained, calibrator, self.threshold, self.abstention = load_calibrated(directory, model or names[-1])
         self.run, self.model, self.level, self.classes = directory.path, trained.name, level, trained.classes
         self.predictor = trained.predictor(Engine.for_one(devices), calibrator=calibrator, num_samples=samples)
         self.calibrated = calibrator is not None
         self.preprocessing = trained.preprocessing
-        self.kind = interval_kind(self.predictor.num_samples, level)
+        self.kind = interval_kind(self.predictor.num_draws, level)
         self.skipped: list[JsonObject] = []
         self.num_rows = 0
         self.num_widened = 0
@@ -84,16 +86,24 @@ class ImageClassifier:
         return {
             "level": self.level,
             "kind": self.kind,
-            "samples": self.predictor.num_samples,
+            "samples": self.predictor.num_draws,
             "widened": self.num_widened / self.num_rows if self.num_rows else 0.0,
         }
 
     def _chunk_rows(self, chunk: Sequence[tuple[Path, Tensor]]) -> Iterator[JsonObject]:
         images_BCHW = torch.stack([image for _, image in chunk])
         summary = summarize(self.predictor.log_probabilities(images_BCHW), self.level)
+        p_BK, sets_BK, abstains_B = summary.probability_BK, None, None
+        if self.threshold is not None:
+            sets_BK = prediction_sets(p_BK, self.threshold, image_uniforms(images_BCHW))
+        if self.abstention is not None:
+            abstains_B = abstains(p_BK, self.abstention)
         for index, (path, _) in enumerate(chunk):
             self.num_rows += 1
-            yield self._row(path, summary, index)
+            row = self._row(path, summary, index)
+            row["set"] = None if sets_BK is None else [self.classes[k] for k in np.flatnonzero(sets_BK[index])]
+            row["abstain"] = None if abstains_B is None else bool(abstains_B[index])
+            yield row
 
     def _row(self, path: Path, summary: Summary, index: int) -> JsonObject:
         """Return the row of one image; classes in the order of their index."""
@@ -105,7 +115,6 @@ class ImageClassifier:
             {"name": name, "probability": float(p), "lower": float(low), "upper": float(high)}
             for name, p, low, high in bounds
         ]
-        members = None if self.threshold is None else prediction_sets(probability_K[None], self.threshold)[0]
         return {
             "path": str(path),
             "label": self.classes[top],
@@ -114,7 +123,7 @@ class ImageClassifier:
             "upper": classes[top]["upper"],
             "entropy": float(summary.entropy_B[index]),
             "mutual_information": float(summary.mutual_information_B[index]),
-            "set": None if members is None else [n for n, inside in zip(self.classes, members, strict=True) if inside],
+            "set": None,
             "abstain": None,
             "classes": classes,
         }
@@ -141,8 +150,8 @@ def predict(
 
     Returns:
         ``run``, ``model``, ``calibrated``, ``interval``, ``predictions`` (one row per image), ``skipped`` (path and
-        reason). ``set`` is the conformal prediction set once the run is calibrated; ``abstain`` is None until a risk
-        limit has been set.
+        reason). ``set`` is the conformal prediction set once the run is calibrated; ``abstain`` says whether the risk
+        limit leaves the image unanswered, and is None until `calibrate` has been given one.
 
     Raises:
         DataError: No image could be read.

@@ -19,7 +19,14 @@ from bayesnet.data.python_data import unlabelled
 from bayesnet.errors import CheckpointError
 from bayesnet.rundir import RunDirectory
 from bayesnet.settings import TWIN, Settings, build_settings, read_config
-from bayesnet.workflows.trained import PYTHON_DATA
+from bayesnet.types import JsonObject
+from bayesnet.workflows.calibrated import CalibratedModel, load_calibrated
+from bayesnet.workflows.trained import (
+    PYTHON_DATA,
+    UserCode,
+    read_finished,
+    trained_names,
+)
 
 _HASHED_AT_ONCE = 256
 
@@ -131,3 +138,11 @@ def read_labels(run: RunDirectory, classes: Sequence[str]) -> NDArray[Any]:
         raise CheckpointError("the labels differ from the run's classes", where=run.classes)
     one_kind = len({type(label) for label in labels}) == 1 or all(type(label) in (int, float) for label in labels)
     return np.array(labels, dtype=None if one_kind else object)
+
+
+def model_of(run: RunDirectory, model: str | None, user: UserCode) -> tuple[JsonObject, CalibratedModel]:
+    """Return a finished run's summary, and the model that is named, or the Bayesian one where there is one."""
+    summary = read_finished(run)
+    names = trained_names(summary, run.path)
+    require(model is None or model in names, f"the run has {', '.join(names)}", where=f"model = {model}")
+    return summary, load_calibrated(run, model or names[-1], user._replace(optimizer=None))

@@ -13,7 +13,7 @@ from torch import nn
 
 from bayesnet.backbones import build_backbone
 from bayesnet.backbones.features import StandardizedFeatures
-from bayesnet.calibration import Calibrator, ConformalThreshold, calibrator_from_json, threshold_from_json
+from bayesnet.calibration import Calibrator
 from bayesnet.checkpoint import load_checkpoint, step_name
 from bayesnet.config import read_toml, require
 from bayesnet.data import DataConfig, ImageData, Preprocessing, load_data
@@ -21,7 +21,6 @@ from bayesnet.engine import Engine
 from bayesnet.errors import BayesnetError, CheckpointError, ConfigError, DataError
 from bayesnet.inference import FAMILIES, build_posterior
 from bayesnet.inference.base import GuideFactory, Parts, Posterior
-from bayesnet.metrics import METRICS
 from bayesnet.optim import OptimizerFactory
 from bayesnet.predictive import Predictor
 from bayesnet.rundir import RunDirectory
@@ -30,8 +29,9 @@ from bayesnet.training import restore_model
 from bayesnet.types import JsonObject
 
 MODEL_NAMES = ("deterministic", "bayesian")
-EVALUATION = (*METRICS, "num_test", "ci95")
-"""What every evaluation on the test split holds, before and after calibration."""
+MEASURED = ("accuracy", "nll", "brier", "ece", "ace", "mce", "aurc", "auroc_error")
+EVALUATION = (*MEASURED, "num_test", "ci95")
+"""What every evaluation on the test split holds, before and after calibration: frozen, so old runs stay readable."""
 
 PYTHON_DATA = "python"
 """The spec of data that were given from Python."""
@@ -107,20 +107,6 @@ class TrainedModel(NamedTuple):
             num_samples=num_samples,
             workers=workers,
         )
-
-
-class CalibratedModel(NamedTuple):
-    """A model of a run as it answers: with what `calibrate` stored for it, where it has run.
-
-    Attributes:
-        trained: The model.
-        calibrator: Map on every draw's log-probabilities, or None.
-        threshold: Of its conformal sets, or None.
-    """
-
-    trained: TrainedModel
-    calibrator: Calibrator | None
-    threshold: ConformalThreshold | None
 
 
 def make_predictor(
@@ -265,7 +251,7 @@ def read_finished(run: RunDirectory) -> JsonObject:
     try:
         parts = [(summary, ("run", "fingerprint", "seconds")), (summary["data"], _DATA_KEYS)]
         for model in (summary["models"][name] for name in names):
-            parts += [(model, (*_FIT_KEYS, *EVALUATION)), (model["ci95"], tuple(METRICS))]
+            parts += [(model, (*_FIT_KEYS, *EVALUATION)), (model["ci95"], MEASURED)]
             parts += [(model["posterior_scale"], ("initial", "final"))]
         for part, keys in parts:
             itemgetter(*keys)(part)
@@ -344,53 +330,3 @@ def check_optimizer(settings: Settings, user: UserCode, path: Path) -> None:
     if (settings.optimizer.name == "custom") != (user.optimizer is not None):
         what = "the run's optimizer is its author's own" if user.optimizer is None else "the run has its own optimizer"
         raise CheckpointError(what, where=path, hint="give BayesNetClassifier the same optimizer=... and resume=True")
-
-
-def record_calibrator(run: RunDirectory, record: JsonObject) -> Calibrator:
-    """Return the calibrator of a record that `load_calibration` gave.
-
-    Raises:
-        CheckpointError: It is unknown or damaged.
-    """
-    try:
-        return calibrator_from_json(record["calibrator"])
-    except ConfigError as error:
-        raise CheckpointError("cannot use the calibration", where=run.calibration, hint=str(error)) from error
-
-
-def load_calibration(run: RunDirectory, model: TrainedModel) -> JsonObject | None:
-    """Return what `calibrate` stored for this model, or None where it has not run.
-
-    Raises:
-        CheckpointError: calibration.json is damaged, or belongs to another checkpoint.
-    """
-    if not run.calibration.exists():
-        return None
-    try:
-        record: JsonObject = run.read_json(run.calibration.name)["models"][model.name]
-        digest, _, _ = record["digest"], record["calibrator"], record["threshold"]
-        itemgetter(*EVALUATION)(record["after"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError("not a calibration", where=run.calibration, hint="run `bayesnet calibrate`") from error
-    if digest != model.digest:
-        hint = "run `bayesnet calibrate` again"
-        raise CheckpointError("the calibration belongs to another checkpoint", where=run.calibration, hint=hint)
-    return record
-
-
-def load_calibrated(run: RunDirectory, name: str, user: UserCode = NO_USER_CODE) -> CalibratedModel:
-    """Return a model of a finished run with its calibration.
-
-    Args:
-        run: The run.
-        name: "deterministic" or "bayesian".
-        user: The code that it was trained with where that was the caller's own.
-
-    Raises:
-        CheckpointError: See `load_model` and `load_calibration`.
-    """
-    trained = load_model(run, name, user)
-    record = load_calibration(run, trained)
-    if record is None:
-        return CalibratedModel(trained, None, None)
-    return CalibratedModel(trained, record_calibrator(run, record), threshold_from_json(record["threshold"]))

@@ -58,7 +58,7 @@ def posterior(family: str, *, dropout: float = 0.0) -> Posterior:
 
 def log_probabilities(predictor: Predictor, indices_N: Tensor) -> Tensor:
     """Return the log-probabilities (S, N, K) of some images."""
-    return torch.cat([predictor.log_probabilities(x) for x in predictor._chunks(examples(), indices_N)], 1)
+    return torch.cat([predictor.log_probabilities(x) for x in predictor.chunks(examples(), indices_N)], 1)
 
 
 def predict(model: Posterior, *, chunk_size: int = 64, workers: int = 0, indices_N: Tensor | None = None) -> Tensor:

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import bayesnet
 from bayesnet import metrics, workflows
-from bayesnet.calibration import CALIBRATORS, CalibratorFamily, calibrator_from_json, fit_lac, prediction_sets
+from bayesnet.calibration import (
+    CALIBRATORS,
+    CONFORMAL,
+    ConformalThreshold,
+    FittedCalibrator,
+    calibrator_from_json,
+    fit_calibrator,
+    fit_lac,
+    prediction_sets,
+)
 from bayesnet.calibration import threshold_from_json as read_threshold
+from bayesnet.calibration.conformal import ConformalMethod
 from bayesnet.data import ArrayExamples, DataConfig, Examples, ImageData, Preprocessing, load_data
+from bayesnet.data.corruptions import CORRUPTIONS
 from bayesnet.data.splits import halves
 from bayesnet.engine import Engine
 from bayesnet.errors import BusyError, ConfigError, DataError
+from bayesnet.plots import GRIDS
 from bayesnet.rundir import RunDirectory
 from bayesnet.settings import Settings
-from bayesnet.workflows.calibrating import calibrate, fit_temperature
-from bayesnet.workflows.trained import load_model, read_data
+from bayesnet.types import JsonObject
+from bayesnet.workflows.calibrated import load_calibrated
+from bayesnet.workflows.calibrating import calibrate
+from bayesnet.workflows.predicting import predict
+from bayesnet.workflows.trained import load_model, read_data, read_settings
 
 Snapshot = Callable[[Path], dict[str, str]]
 
@@ -30,9 +46,15 @@ MODELS = ("deterministic", "bayesian")
 
 
 @pytest.fixture(autouse=True)
-def no_diagram(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw nothing, which takes longer than the rest; ``calibrated_run`` has a real diagram."""
-    monkeypatch.setattr("bayesnet.plots.reliability_diagram", lambda panels: b"no diagram")
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw nothing, which takes longer than the rest; ``calibrated_run`` has real figures."""
+    monkeypatch.setattr("bayesnet.plots.draw_figures", lambda record: {})
+    monkeypatch.setattr("bayesnet.plots.draw_grids", lambda record, pixels: {})
+
+
+def calibrate_only(run: Path, **arguments: Any) -> JsonObject:  # noqa: ANN401
+    """Calibrate without corrupted and unfamiliar images."""
+    return calibrate(run, devices="cpu", **{"ood": "none", "num_corrupted": 0, **arguments})
 
 
 class Logged(Examples):
@@ -64,32 +86,35 @@ class Logged(Examples):
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, *, swapped: bool = False) -> list[str]:
-    """Log what is read and fitted; train and validation must not be read at all, test after both thresholds."""
+    """Log what is read and fitted; train and test may be read after both models' thresholds, validation never."""
     log: list[str] = []
+    all_frozen = 2 * len(CONFORMAL)
 
     def read(run: RunDirectory, settings: Settings, preprocessing: Preprocessing, given: None) -> ImageData:
         data = read_data(run, settings, preprocessing)
         calibration, test = (data.test, data.calibration) if swapped else (data.calibration, data.test)
         return data._replace(
-            train=Logged("train", data.train, log, 99),
+            train=Logged("train", data.train, log, all_frozen),
             validation=Logged("validation", data.validation, log, 99),
-            calibration=Logged("test" if swapped else "calibration", calibration, log, 2 if swapped else 0),
-            test=Logged("test", test, log, 2),
+            calibration=Logged("test" if swapped else "calibration", calibration, log, all_frozen if swapped else 0),
+            test=Logged("test", test, log, all_frozen),
         )
 
-    def fit_threshold(*args: object) -> object:
-        log.append("threshold")
-        return fit_lac(*args)  # type: ignore[arg-type]
+    def noting(method: ConformalMethod) -> ConformalMethod:
+        def fit(*args: Any) -> ConformalThreshold:  # noqa: ANN401
+            log.append("threshold")
+            return method.fit(*args)
 
-    def fit_calibrator(draws_SNK: Tensor, labels_N: Tensor) -> object:
+        return method._replace(fit=fit)
+
+    def fit(name: str, draws_SNK: Tensor, labels_N: Tensor) -> FittedCalibrator:
         log.append("calibrator")
-        return family.fit(draws_SNK, labels_N)
+        return fit_calibrator(name, draws_SNK, labels_N)
 
-    family = CALIBRATORS["temperature"]
-    watched = {"temperature": CalibratorFamily(family.name, fit_calibrator, family.from_json)}  # type: ignore[arg-type]
+    watched = {name: noting(method) for name, method in CONFORMAL.items()}
     monkeypatch.setattr("bayesnet.workflows.calibrating.read_data", read)
-    monkeypatch.setattr("bayesnet.workflows.calibrating.fit_lac", fit_threshold)
-    monkeypatch.setattr("bayesnet.workflows.calibrating.CALIBRATORS", watched)
+    monkeypatch.setattr("bayesnet.workflows.calibrating.CONFORMAL", watched)
+    monkeypatch.setattr("bayesnet.workflows.calibrating.fit_calibrator", fit)
     return log
 
 
@@ -99,17 +124,27 @@ def shortened(log: list[str]) -> list[str]:
 
 def test_the_test_split_is_read_when_everything_is_frozen(trained_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = watch(monkeypatch)
-    calibrate(trained_copy, devices="cpu")
-    one = ["calibration", "calibrator", "calibration", "threshold"]  # half A, then half B
-    assert shortened(log) == [*one, *one, "test"]
-    assert log.count("test") == 2 * 12  # 360 images in chunks of 32, once for each model
+    calibrate_only(trained_copy)
+    half_a = ["calibration", "calibrator"]
+    half_b = ["calibration", "threshold"]  # once for both models
+    assert shortened(log) == [*half_a, *half_a, *half_b, "test"]
+    assert log.count("test") == 12  # 360 images in chunks of 32, once for both models
+
+
+def test_nothing_is_read_early_for_unfamiliar_and_corrupted_images(
+    trained_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = watch(monkeypatch)
+    calibrate_only(trained_copy, ood="photographs", num_corrupted=4)
+    assert log.count("threshold") == 2 * len(CONFORMAL)
+    assert {"train", "test"} <= set(log)
 
 
 def test_calibrating_on_the_test_split_is_noticed(trained_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control."""
     watch(monkeypatch, swapped=True)
     with pytest.raises(AssertionError, match="test read too early"):
-        calibrate(trained_copy, devices="cpu")
+        calibrate_only(trained_copy)
 
 
 def test_calibrator_and_threshold_see_different_halves(trained_copy: Path) -> None:
@@ -117,12 +152,14 @@ def test_calibrator_and_threshold_see_different_halves(trained_copy: Path) -> No
     half_a, half_b = (set(half.tolist()) for half in halves(data.calibration.labels_N, 0))
     assert half_a | half_b == set(range(179))
     assert not half_a & half_b
-    record = calibrate(trained_copy, devices="cpu")
+    record = calibrate_only(trained_copy)
     for name in MODELS:
         model = load_model(RunDirectory.open(trained_copy), name)
         predictor = model.predictor(Engine.for_one("cpu"))
         a, b = (torch.tensor(sorted(half)) for half in (half_a, half_b))
-        fitted, _ = fit_temperature(predictor.raw_draws(data.calibration, a), data.calibration.labels_N[a])
+        fitted, _ = fit_calibrator(
+            "temperature", predictor.raw_draws(data.calibration, a), data.calibration.labels_N[a]
+        )
         assert fitted.to_json() == record["models"][name]["calibrator"]
         [mean_BK] = predictor.probabilities_under(data.calibration, [fitted], b)
         threshold = fit_lac(mean_BK, data.calibration.labels_N[b].numpy(), 0.1)
@@ -131,7 +168,8 @@ def test_calibrator_and_threshold_see_different_halves(trained_copy: Path) -> No
 
 
 def test_what_calibrate_leaves(trained_run: Path, calibrated_run: Path, snapshot: Snapshot) -> None:
-    new = {"calibration.json", "report.html", "plots", "plots/reliability.png"}
+    drawn = ("reliability", "risk_coverage", "uncertainty", "severity", "training", "confusion", *GRIDS)
+    new = {"calibration.json", "report.html", "plots", *(f"plots/{name}.png" for name in drawn)}
     before, after = snapshot(trained_run), snapshot(calibrated_run)
     assert after.keys() - before.keys() == new
     assert before.items() <= after.items()
@@ -144,7 +182,6 @@ def test_what_calibrate_leaves(trained_run: Path, calibrated_run: Path, snapshot
         assert model["temperature"] == model["calibrator"].get("temperature", 1.0)
         refused = (model["notice"] or "").startswith("no temperature is applied")
         assert refused == (model["calibrator"]["name"] == "identity")
-        assert model["notice"] is None or refused or "at the bound of its range" in model["notice"]
         # `train` and `calibrate` agree on the model as it was, digit for digit.
         assert model["before"].items() <= trained.items()
         assert model["after"]["num_test"] == 360
@@ -177,9 +214,9 @@ def test_calibrating_again_gives_the_same(calibrated_copy: Path) -> None:
     first = json.loads((calibrated_copy / "calibration.json").read_text())
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    assert calibrate(calibrated_copy, devices="cpu")["models"] == first["models"]
+    assert calibrate(calibrated_copy, devices="cpu", num_corrupted=20)["models"] == first["models"]
     assert torch.equal(torch.get_rng_state(), state)
-    wide = calibrate(calibrated_copy, alpha=0.01, devices="cpu")["conformal"]
+    wide = calibrate_only(calibrated_copy, alpha=0.01)["conformal"]
     assert wide["alpha"] == 0.01
     assert wide["mean_set_size"] > first["conformal"]["mean_set_size"]
 
@@ -187,7 +224,7 @@ def test_calibrating_again_gives_the_same(calibrated_copy: Path) -> None:
 def test_a_twin_alone_is_calibrated_too(folder_data: Path, tmp_path: Path) -> None:
     small = ("backbone.width=4", "training.batch_size=16")
     workflows.train(data=f"folder:{folder_data}", epochs=2, overrides=small, devices="cpu", out=tmp_path / "run")
-    record = calibrate(tmp_path / "run", devices="cpu")
+    record = calibrate_only(tmp_path / "run")
     assert list(record["models"]) == ["deterministic"]
     assert record["differences"] == {}
     assert record["conformal"] == record["models"]["deterministic"]["conformal"]["lac"]
@@ -206,23 +243,128 @@ def test_what_is_refused(calibrated_copy: Path, snapshot: Snapshot) -> None:
     assert snapshot(calibrated_copy) == before
 
 
-def draws(margin_N: list[float]) -> tuple[Tensor, Tensor]:
-    """Return one draw of log-probabilities (1, N, 2) and labels (N,): a negative margin is an error."""
-    logits_NK = torch.tensor([[margin, 0.0] for margin in margin_N])
-    return logits_NK.log_softmax(-1)[None], torch.zeros(len(margin_N), dtype=torch.int64)
+def test_noisy_digits_have_errors_enough(noisy_run: Path) -> None:
+    summary = json.loads((noisy_run / "summary.json").read_text())
+    errors = [1 - model["accuracy"] for model in summary["models"].values()]
+    assert 0.08 <= min(errors) <= max(errors) <= 0.25
 
 
-def test_images_without_an_error_cannot_tell_a_temperature() -> None:
-    calibrator, notice = fit_temperature(*draws([1.0, 2.0, 3.0, 0.5]))
-    assert calibrator.to_json() == {"name": "identity"}
-    assert notice == "no temperature is applied: 4 images of half A with 0 errors cannot tell one"
+@pytest.mark.parametrize("calibrator", list(CALIBRATORS))
+def test_every_calibrator_is_stored_and_used(noisy_copy: Path, calibrator: str) -> None:
+    """It lowers the NLL of overconfident models where it was fitted, and what is stored gives the same answers."""
+    record = calibrate_only(noisy_copy, calibrator=calibrator)
+    run = RunDirectory.open(noisy_copy)
+    settings = read_settings(run)
+    for name in MODELS:
+        found = record["models"][name]
+        assert found["calibrator"]["name"] in (calibrator, "identity")
+        assert (found["temperature"] is None) == (found["calibrator"]["name"] not in ("identity", "temperature"))
+        model = load_calibrated(run, name)
+        predictor = model.trained.predictor(Engine.for_one("cpu"), calibrator=model.calibrator)
+        data = read_data(run, settings, model.trained.preprocessing)
+        assert metrics.evaluate(predictor.probabilities(data.test), data.test.labels_N.numpy()) == found["after"]
 
 
-def test_images_with_errors_tell_a_temperature() -> None:
-    """Margins of 8 with one error in ten are overconfident: the best T for p = .9 is 8 / log 9."""
-    calibrator, notice = fit_temperature(*draws([8.0] * 9 + [-8.0]))
-    assert notice is None
-    assert calibrator.to_json()["temperature"] == pytest.approx(8 / math.log(9), rel=1e-4)
+def test_a_bayesian_temperature_gives_the_twin_intervals(noisy_copy: Path) -> None:
+    calibrate_only(noisy_copy, calibrator="bayesian_temperature")
+    classifier = bayesnet.load(noisy_copy, model="deterministic", devices="cpu")
+    images = np.random.default_rng(0).integers(0, 255, (3, 8, 8), dtype=np.uint8)
+    interval = classifier.predict_interval(images)
+    assert (interval.upper_NK > interval.lower_NK).all()
+    calibrate_only(noisy_copy)
+    interval = bayesnet.load(noisy_copy, model="deterministic", devices="cpu").predict_interval(images)
+    assert (interval.upper_NK == interval.lower_NK).all()
+
+
+@pytest.mark.parametrize("sets", list(CONFORMAL))
+def test_the_label_sets_that_were_chosen_are_those_that_predict_gives(noisy_copy: Path, sets: str) -> None:
+    """Coverage on the test split, through `predict`'s own path, is the one that was recorded."""
+    record = calibrate_only(noisy_copy, sets=sets, alpha=0.2)
+    assert record["conformal"] == record["models"]["bayesian"]["conformal"][sets]
+    assert list(record["models"]["bayesian"]["conformal"]) == list(CONFORMAL)
+    run = RunDirectory.open(noisy_copy)
+    trained = load_model(run, "bayesian")
+    data = read_data(run, trained.settings, trained.preprocessing)
+    classifier = bayesnet.load(noisy_copy, devices="cpu")
+    found = classifier.predict_set([Path(data.test.name(index)) for index in range(len(data.test))])
+    labels = [data.classes[label] for label in data.test.labels_N.tolist()]
+    covered = [label in members for label, members in zip(labels, found, strict=True)]
+    assert np.mean(covered) == pytest.approx(record["conformal"]["coverage"])
+
+
+def test_abstention_is_stored_and_predicted(noisy_copy: Path) -> None:
+    """The limit holds on the test split here, and `predict` abstains from exactly the images that the record counts."""
+    record = calibrate_only(noisy_copy, max_risk=0.1)
+    found = record["models"]["bayesian"]["abstention"]
+    assert found["attained"]
+    assert 0 < found["test"]["coverage"] < 1
+    run = RunDirectory.open(noisy_copy)
+    trained = load_model(run, "bayesian")
+    data = read_data(run, trained.settings, trained.preprocessing)
+    paths = [Path(data.test.name(index)) for index in range(len(data.test))]
+    rows = predict(paths, run=noisy_copy, devices="cpu")["predictions"]
+    assert sum(not row["abstain"] for row in rows) == found["test"]["num_kept"]
+    labels = [data.classes[label] for label in data.test.labels_N.tolist()]
+    wrong = sum(row["label"] != label for row, label in zip(rows, labels, strict=True) if not row["abstain"])
+    assert wrong == found["test"]["num_errors"]
+
+
+def test_a_risk_that_cannot_be_shown_abstains_from_all(noisy_copy: Path) -> None:
+    record = calibrate_only(noisy_copy, max_risk=0.001)
+    found = record["models"]["bayesian"]["abstention"]
+    assert not found["attained"]
+    assert "needs at least" in found["notice"]
+    assert found["test"]["num_kept"] == 0
+    assert bayesnet.load(noisy_copy, devices="cpu").predict_abstain(np.zeros((2, 8, 8), np.uint8)).all()
+
+
+def test_the_verdict_compares_where_there_are_errors(noisy_copy: Path) -> None:
+    sentence = calibrate_only(noisy_copy)["sentence"]
+    assert sentence.startswith("After calibration, ")
+    assert sentence.endswith("this holds for this pair of trained models only.")
+
+
+def test_corrupted_and_unfamiliar_images_are_measured(calibrated_run: Path) -> None:
+    record = json.loads((calibrated_run / "calibration.json").read_text())
+    for name, model in record["models"].items():
+        robustness = model["robustness"]
+        assert robustness["num_images"] == 20
+        assert list(robustness["corruptions"]) == list(CORRUPTIONS)
+        assert [entry["severity"] for entry in robustness["mean"]] == [0, 1, 2, 3, 4, 5]
+        worst = [entries[-1]["nll"] for entries in robustness["corruptions"].values()]
+        assert robustness["mean"][5]["nll"] == pytest.approx(np.mean(worst))
+        assert robustness["mean"][5]["nll"] > robustness["mean"][0]["nll"]
+        assert list(model["unfamiliar"]) == ["photographs", "corrupted"]
+        scores = model["unfamiliar"]["photographs"]["scores"]
+        assert (scores["mutual_information"]["auroc"] is None) == (name == "deterministic")
+        low, high = scores["feature_density"]["auroc_ci95"]
+        assert low <= scores["feature_density"]["auroc"] <= high
+        assert [line["epoch"] for line in model["training"]] == [1, 2, 3]
+
+
+def test_an_unfamiliar_folder_and_what_is_none(calibrated_copy: Path, folder_data: Path) -> None:
+    record = calibrate_only(calibrated_copy, ood=f"folder:{folder_data}")
+    [found] = record["models"]["bayesian"]["unfamiliar"].values()
+    assert found["num_images"] > 0
+    assert record["models"]["bayesian"]["robustness"] is None
+    with pytest.raises(DataError, match="training data"):
+        calibrate_only(calibrated_copy, ood="digits")
+    with pytest.raises(ConfigError, match="unfamiliar set"):
+        calibrate_only(calibrated_copy, ood="no/such/folder")
+
+
+def test_options_that_are_no_options(calibrated_copy: Path, snapshot: Snapshot) -> None:
+    before = snapshot(calibrated_copy)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"calibrator": "temprature"}, "did you mean 'temperature'"),
+        ({"sets": "lace"}, "did you mean 'lac'"),
+        ({"max_risk": 1.5}, "must lie between 0 and 1"),
+        ({"num_corrupted": -1}, "must not be negative"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            calibrate_only(calibrated_copy, **arguments)
+    assert snapshot(calibrated_copy) == before
 
 
 def test_a_calibration_split_of_one_image_is_refused(trained_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,4 +375,4 @@ def test_a_calibration_split_of_one_image_is_refused(trained_copy: Path, monkeyp
 
     monkeypatch.setattr("bayesnet.workflows.calibrating.read_data", read)
     with pytest.raises(DataError, match="the calibration split has fewer than 2 images"):
-        calibrate(trained_copy, devices="cpu")
+        calibrate_only(trained_copy)

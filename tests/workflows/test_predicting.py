@@ -20,7 +20,8 @@ from bayesnet.errors import CheckpointError, ConfigError, DataError
 from bayesnet.predictive import interval_kind, summarize
 from bayesnet.rundir import RunDirectory
 from bayesnet.workflows import ImageClassifier, predict
-from bayesnet.workflows.trained import load_calibration, load_model, record_calibrator
+from bayesnet.workflows.calibrated import load_calibration, record_calibrator
+from bayesnet.workflows.trained import load_model
 
 Row = dict[str, Any]
 
