@@ -24,6 +24,8 @@ def print_calibration(record: JsonObject) -> None:
         f"(expected {interval_text(conformal['coverage_band'])}), {conformal['mean_set_size']:.2f} labels on average"
         + (f"; {conformal['notice']}" if conformal["notice"] else "")
     )
+    for what in record["left_out"]:
+        say(what)
     say(f"report: {record['report']}")
     say(record["sentence"])
 

@@ -45,12 +45,14 @@ def report_record(
         "sentence": "After calibration, neither model is shown to be better on NLL, Brier score and accuracy.",
         "report": "/runs/simulated/report.html",
         "alpha": 0.1,
+        "left_out": [],
     }
 
 
 def bare_record(*, models: Sequence[str] = ("bayesian",), classes: Sequence[str] = ("a", "b")) -> JsonObject:
     """Return a record without the parts that a run may lack, and with None where a number may be missing."""
     record = report_record(models=models, classes=classes, num_test=40)
+    record["left_out"] = ["no corruptions: images have 2 channels, not 1 or 3"]
     nothing = {"mean": 0.0, "mean_right": 0.0, "mean_wrong": None, "auroc_error": None}
     for model in record["models"].values():
         model |= {"unfamiliar": {}, "robustness": None, "abstention": None, "training": [], "temperature": None}

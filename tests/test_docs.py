@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import bayesnet
-from bayesnet.errors import CheckpointError
+from bayesnet.errors import CheckpointError, DataError
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -43,6 +44,11 @@ def test_the_page_on_own_code_runs_and_is_short(
     original = names["classifier"].predict_proba(names["Stripes"]())
     assert np.array_equal(original, interval.probability_NK), "the loaded classifier is not the saved one"
     assert capsys.readouterr().out.startswith("accuracy ")
+    left_out = json.loads((tmp_path / "stripes" / "calibration.json").read_text())["left_out"]
+    whats = ["no corruptions: pixels are float32", "no unfamiliar images", "no images on the page"]
+    assert [line.startswith(what) for line, what in zip(left_out, whats, strict=True)] == [True] * 3
+    with pytest.raises(DataError, match="no images can be set beside the training data"):
+        names["classifier"].calibrate(ood=str(DOCS))
     with pytest.raises(CheckpointError, match="backbone is its author's own module"):
         bayesnet.load("stripes", guide=names["make_guide"])
     with pytest.raises(CheckpointError, match="guide is its author's own"):

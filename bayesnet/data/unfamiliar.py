@@ -61,8 +61,11 @@ def load_unfamiliar(
 
     Raises:
         ConfigError: The spec is neither a name nor a path, or a number is out of range.
-        DataError: There are no images, they cannot be read, or they are the training data.
+        DataError: There are no images, they cannot be read, they are the training data, or the model was trained on
+            floating-point pixels, whose scale no file has.
     """
+    if why := why_not_comparable(data):
+        raise DataError(f"no images can be set beside the training data: {why}", where=spec, hint="give none")
     require(max_images >= 1, "must be at least 1", where=f"max_images = {max_images}")
     require(seed >= 0, "must not be negative", where=f"seed = {seed}")
     if spec == PHOTOGRAPHS:
@@ -73,6 +76,12 @@ def load_unfamiliar(
     if not spec.startswith(_FOLDER) and not Path(folder).expanduser().exists():
         raise unknown_name("unfamiliar set", spec, [PHOTOGRAPHS, *DATASETS, "an existing folder"])
     return _folder(folder, data, preprocessing, max_images, seed)
+
+
+def why_not_comparable(data: ImageData) -> str | None:
+    """Return why no images from elsewhere can be read as the training data are, in a clause, or None where they can."""
+    dtype = data.test.read([0]).dtype
+    return None if dtype == torch.uint8 else f"their pixels are {str(dtype).removeprefix('torch.')}, of no known scale"
 
 
 def _registered(name: str, data: ImageData, preprocessing: Preprocessing, max_images: int, seed: int) -> UnfamiliarSet:

@@ -33,6 +33,7 @@ def calibration_report(record: JsonObject, figures: Mapping[str, bytes], *, titl
         uncertainty.uncertainty(record, figures),
         shift.unfamiliar(record),
         shift.robustness(record, figures),
+        shift.left_out(record),
         shift.training(record, figures),
         performance.glossary(),
     )

@@ -7,7 +7,19 @@ from pathlib import PurePath
 from typing import Any
 
 from bayesnet.metrics import METRICS
-from bayesnet.report.markup import figure, interval, notice, number, paragraph, percent, section, small, text
+from bayesnet.report.markup import (
+    details,
+    figure,
+    interval,
+    notice,
+    number,
+    paragraph,
+    percent,
+    section,
+    small,
+    text,
+)
+from bayesnet.report.markup import table as plain_table
 from bayesnet.types import JsonObject
 
 _TITLES = {
@@ -20,7 +32,20 @@ _TITLES = {
     "aurc": "AURC",
     "auroc_error": "AUROC of errors",
 }
-_SHARES = ("accuracy",)
+_MORE = {
+    "top5": ("Top-5 accuracy", "higher is better"),
+    "ece_debiased": ("ECE, debiased", "less what chance alone gives"),
+    "ece_smooth": ("Smooth ECE", "without bins"),
+    "ece_classwise": ("Class-wise ECE", "of every class's probability"),
+    "eaurc": ("Excess AURC", "above the best order of the same answers"),
+}
+_BRIER_PARTS = {
+    "reliability": "miscalibration, lower is better",
+    "resolution": "what the confidence tells apart, higher is better",
+    "uncertainty": "of the labels, whatever the model",
+    "within_bin": "lost to binning",
+}
+_SHARES = ("accuracy", "top5")
 _STAGES = ("before", "after")
 
 
@@ -52,7 +77,8 @@ def metrics(record: JsonObject) -> str:
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
     notices = "".join(notice(f"{name}: {model['notice']}") for name, model in models.items() if model["notice"])
-    return section("Before and after calibration", table, notices, _notes(models))
+    parts = table, notices, _difference(record), _notes(models), _more(models)
+    return section("Before and after calibration", *parts)
 
 
 def meaning(record: JsonObject) -> str:
@@ -85,6 +111,48 @@ def _cell(name: str, values: JsonObject) -> str:
     if name == "ece":
         null = f"<small class=null>calibrated: {interval(values['ece_null95'])}</small>"
     return f"<td>{shown}{small(ends)}{null}</td>"
+
+
+def _difference(record: JsonObject) -> str:
+    """Return what the Bayesian model's metrics are less its twin's, where there are both."""
+    if not record["differences"]:
+        return ""
+    found = ", ".join(
+        f"{_TITLES[name]} {number(each['difference'])} ({interval(each['ci95'])})"
+        for name, each in record["differences"].items()
+    )
+    return paragraph(f"Bayesian less deterministic, both calibrated, on the same images: {found}.")
+
+
+def _more(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the metrics without intervals, to unfold."""
+    columns = [model[stage] for model in models.values() for stage in _STAGES]
+    head = ("metric", *(f"{text(name)}, {stage}" for name in models for stage in _STAGES))
+    rows = [
+        (f"{title}{small(words)}", *(_plain(name, column[name]) for column in columns))
+        for name, (title, words) in _MORE.items()
+    ]
+    rows += [
+        (
+            f"Brier score: {part.replace('_', ' ')}{small(words)}",
+            *(number(column["brier_decomposition"][part]) for column in columns),
+        )
+        for part, words in _BRIER_PARTS.items()
+    ]
+    first = columns[0]
+    for key, title, words in (
+        ("risk_at_coverage", "Risk at coverage", "wrong among the most confident"),
+        ("coverage_at_risk", "Coverage at risk", "answered with at most so many wrong"),
+    ):
+        rows += [
+            (f"{title} {float(at):.0%}{small(words)}", *(percent(column[key][at]) for column in columns))
+            for at in first[key]
+        ]
+    return details("more metrics, without intervals", plain_table(head, rows))
+
+
+def _plain(name: str, value: float | None) -> str:
+    return percent(value) if name in _SHARES else number(value)
 
 
 def _notes(models: Mapping[str, Mapping[str, Any]]) -> str:

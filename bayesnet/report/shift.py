@@ -10,6 +10,7 @@ from bayesnet.report.markup import (
     details,
     figure,
     interval,
+    notice,
     number,
     paragraph,
     percent,
@@ -73,6 +74,11 @@ def robustness(record: JsonObject, figures: Mapping[str, bytes]) -> str:
     return section(
         "What damaged images do to it", words, figure(figures.get("severity"), caption, "wide"), beside(tables), *folded
     )
+
+
+def left_out(record: JsonObject) -> str:
+    """Return what the images did not allow."""
+    return "".join(notice(what) for what in record["left_out"])
 
 
 def training(record: JsonObject, figures: Mapping[str, bytes]) -> str:

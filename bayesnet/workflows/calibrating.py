@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from bayesnet import metrics, storage
 from bayesnet.calibration import (
     CALIBRATORS,
@@ -23,14 +25,14 @@ from bayesnet.calibration.temperature import Temperature
 from bayesnet.config import require
 from bayesnet.data import ImageData, Preprocessing
 from bayesnet.data.splits import halves
-from bayesnet.data.unfamiliar import PHOTOGRAPHS
+from bayesnet.data.unfamiliar import PHOTOGRAPHS, why_not_comparable
 from bayesnet.engine import Engine
 from bayesnet.errors import DataError
 from bayesnet.report import calibration_report
 from bayesnet.rundir import RunDirectory, find_run
 from bayesnet.types import JsonObject
 from bayesnet.workflows.answering import Answering, Answers, answer
-from bayesnet.workflows.robustness import can_be_corrupted, robustness_records, some_images
+from bayesnet.workflows.robustness import robustness_records, some_images, why_not_corruptible
 from bayesnet.workflows.trained import (
     NO_USER_CODE,
     TrainedModel,
@@ -122,7 +124,7 @@ def calibrate(
         What calibration.json holds: ``run``, ``data``, ``alpha``, ``models`` (each ``before``, ``after``,
         ``temperature``, ``conformal``, ``abstention``, ``uncertainty``, ``unfamiliar``, ``robustness`` and what the
         figures show), ``differences``, ``conformal`` of the Bayesian model (of the twin where it is alone),
-        ``sentence`` and ``report``.
+        ``left_out`` (what these images do not allow, and why), ``sentence`` and ``report``.
 
     Raises:
         BayesnetError: A missing or damaged run, changed data, a value out of range.
@@ -177,7 +179,8 @@ def _publish(
     models = {name: each.answering for name, each in frozen.items()}
     tested = answer(models, data.test, keep_features=plan.ood != NONE)
     records = {name: _model_record(model, tested[name], data, plan) for name, model in frozen.items()}
-    for key, found in _beyond_the_test_split(models, tested, data, preprocessing, plan).items():
+    beyond, left_out = _beyond_the_test_split(models, tested, data, preprocessing, plan)
+    for key, found in beyond.items():
         for name, each in records.items():
             each[key] = found.get(name)
     for name, each in records.items():
@@ -201,6 +204,7 @@ def _publish(
         "models": records,
         "differences": differences,
         "conformal": records[list(records)[-1]]["conformal"][plan.sets],
+        "left_out": left_out,
         "sentence": verdict({name: each["after"] for name, each in records.items()}, differences),
         "report": str(run.report),
     }
@@ -252,17 +256,33 @@ def _beyond_the_test_split(
     data: ImageData,
     preprocessing: Preprocessing,
     plan: CalibrationPlan,
-) -> dict[str, dict[str, JsonObject]]:
-    """Return what the models make of corrupted and of unfamiliar images, by key and model."""
-    images = some_images(data.test, plan.num_corrupted) if plan.num_corrupted else None
-    if images is not None and not can_be_corrupted(images):
-        images = None
-    robustness = {} if images is None else robustness_records(models, images)
+) -> tuple[dict[str, dict[str, JsonObject]], list[str]]:
+    """Return what the models make of corrupted and of unfamiliar images, by key and model, and what was left out."""
+    robustness: dict[str, JsonObject] = {}
     unfamiliar: dict[str, JsonObject] = {name: {} for name in models}
-    if plan.ood != NONE:
+    left_out = []
+    images = None
+    if plan.num_corrupted:
+        if why := why_not_corruptible(data.test):
+            left_out.append(f"no corruptions: {why}")
+        else:
+            images = some_images(data.test, plan.num_corrupted)
+            robustness = robustness_records(models, images)
+    if plan.ood == PHOTOGRAPHS and (why := why_not_comparable(data)):  # the default; images asked for by name must do
+        left_out.append(f"no unfamiliar images: {why}")
+    elif plan.ood != NONE:
         sets = unfamiliar_sets(plan.ood, data, preprocessing, images)
         unfamiliar = unfamiliar_records(models, tested, data.train, sets)
-    return {"robustness": robustness, "unfamiliar": unfamiliar}
+    if why := _why_not_shown(data):
+        left_out.append(f"no images on the page: {why}")
+    return {"robustness": robustness, "unfamiliar": unfamiliar}, left_out
+
+
+def _why_not_shown(data: ImageData) -> str | None:
+    """Return why no test images can be put on the page, in a clause, or None where they can."""
+    image_1CHW = data.test.read([0])
+    shown = image_1CHW.dtype == torch.uint8 and image_1CHW.shape[1] in (1, 3)
+    return None if shown else f"{image_1CHW.shape[1]} channels of {str(image_1CHW.dtype).removeprefix('torch.')}"
 
 
 def training_trace(run: RunDirectory, name: str) -> list[JsonObject]:
@@ -283,7 +303,9 @@ def _write(run: RunDirectory, record: JsonObject, data: ImageData) -> None:
     """Write figures, report and, last, calibration.json, which `predict` reads."""
     from bayesnet.plots import draw_figures, draw_grids  # matplotlib takes half a second to import
 
-    figures = draw_figures(record) | draw_grids(record, lambda indices: data.test.read(indices).numpy())
+    figures = draw_figures(record)
+    if _why_not_shown(data) is None:
+        figures |= draw_grids(record, lambda indices: data.test.read(indices).numpy())
     with storage.storage_errors("cannot make the directory", run.plots):
         storage.make_directories(run.plots)
     for name, image in figures.items():

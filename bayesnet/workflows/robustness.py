@@ -26,10 +26,17 @@ def some_images(examples: Examples, max_images: int, seed: int = SEED) -> ArrayE
     return ArrayExamples(examples.read(indices_N), examples.labels_N[indices_N])
 
 
-def can_be_corrupted(examples: ArrayExamples) -> bool:
-    """Whether the images have a size and channels that the corruptions are defined for."""
-    _, channels, height, width = examples.read([0]).shape
-    return channels in (1, 3) and min(height, width) >= MIN_SIDE
+def why_not_corruptible(examples: Examples) -> str | None:
+    """Return why the corruptions are not defined for these images, in a clause, or None where they are."""
+    x_1CHW = examples.read([0])
+    _, channels, height, width = x_1CHW.shape
+    if x_1CHW.dtype != torch.uint8:
+        return f"pixels are {str(x_1CHW.dtype).removeprefix('torch.')}, not uint8"
+    if channels not in (1, 3):
+        return f"images have {channels} channels, not 1 or 3"
+    if min(height, width) < MIN_SIDE:
+        return f"images have {height} x {width} pixels, fewer than {MIN_SIDE} x {MIN_SIDE}"
+    return None
 
 
 def robustness_records(models: Mapping[str, Answering], images: ArrayExamples) -> dict[str, JsonObject]:

@@ -330,6 +330,9 @@ def test_an_image_always_has_the_same_uniform() -> None:
     assert len(set(u_B.tolist())) == 6
     # Frozen: another value would change the sets of every calibrated run.
     assert image_uniforms(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))[0] == pytest.approx(0.078757, abs=1e-6)
+    zeros = torch.zeros(1, 1, 8, 8)
+    assert image_uniforms(zeros)[0] == image_uniforms(-zeros)[0] != image_uniforms(zeros.view(1, 2, 4, 8))[0]
+    assert image_uniforms(zeros)[0] != image_uniforms(torch.zeros(1, 1, 8, 32, dtype=torch.uint8))[0]
 
 
 def test_image_uniforms_are_uniform_even_for_images_that_hardly_differ() -> None:
@@ -342,7 +345,7 @@ def test_image_uniforms_are_uniform_even_for_images_that_hardly_differ() -> None
     assert ((u_N >= 0) & (u_N < 1)).all()
 
 
-@pytest.mark.parametrize("images", [torch.zeros(2, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)])
+@pytest.mark.parametrize("images", [torch.zeros(2, 1, 4, 4).double(), torch.zeros(1, 4, 4)])
 def test_other_tensors_are_no_images(images: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"images must be uint8 \(B, C, H, W\); got"):
+    with pytest.raises(ValueError, match=r"images must be uint8 or float32 \(B, C, H, W\); got"):
         image_uniforms(images)

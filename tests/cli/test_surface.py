@@ -24,7 +24,7 @@ SURFACE = {
     "": "--version --debug --help",
     "train": "--bayesian --data --family --backbone --weights --freeze --mode --epochs --seed --devices --workers "
     "--config --set --out --resume --profile --json",
-    "calibrate": "[RUN] --alpha --devices --json",
+    "calibrate": "[RUN] --alpha --calibrator --sets --max-risk --ood --corrupt --devices --json",
     "predict": "PATH... --run --model --interval --samples --devices --json",
     "bench": "[RUN] --devices --batch --samples --seconds --json",
     "compare": "RUN... --json",
@@ -46,8 +46,22 @@ EXIT_CODES = {
 
 METRICS = "accuracy nll brier ece ace mce aurc auroc_error"
 EVALUATED = f"{METRICS} num_test ci95{{ {METRICS} }}"
-EVALUATION = f"{EVALUATED} ece_null95 ece_debiased num_errors num_infinite_nll"
-CONFORMAL = "method alpha threshold coverage coverage_band mean_set_size num_empty num_calibration num_test notice"
+ALSO = "top5 ece_classwise ece_smooth eaurc brier_decomposition{ reliability resolution uncertainty within_bin }"
+AT = "risk_at_coverage coverage_at_risk"
+EVALUATION = f"{EVALUATED} ece_null95 ece_debiased num_errors num_infinite_nll {ALSO} {AT}"
+THRESHOLD = "method alpha threshold num_calibration"
+CONFORMAL = f"{THRESHOLD} coverage coverage_band mean_set_size num_empty num_test notice"
+CLASS_CONDITIONAL = f"{CONFORMAL} by_class{{ band coverage num_calibration num_test }}"
+RAPS = f"{CONFORMAL} penalty num_unpenalised"
+BINS = "low high count confidence accuracy"
+AT_SEVERITY = "severity accuracy nll ece"
+UNCERTAINTY = "mean mean_right mean_wrong auroc_error histogram{ edges right wrong }"
+SHOWN = "index name label predicted probability value"
+DETECTED = "auroc auroc_ci95 aupr_in aupr_out fpr95"
+TOLD = (
+    f"description num_images scores{{ max_probability{{ {DETECTED} }} entropy{{ {DETECTED} }} "
+    f"mutual_information{{ {DETECTED} }} energy{{ {DETECTED} }} feature_density{{ {DETECTED} }} }}"
+)
 ENVIRONMENT = "versions devices platform machine threads cpus"
 # NAME stands for deterministic and bayesian. What may differ from machine to machine is not looked into.
 JSON_KEYS = {
@@ -58,10 +72,19 @@ JSON_KEYS = {
             kl_per_example posterior_temperature seconds
             posterior_scale{ initial final } } }""",
     "calibrate": """
-        run sentence report
+        run sentence report left_out alpha data{ name classes num_half_a num_half_b num_test }
         models{ NAME{ family posterior_temperature digest before{ EVALUATION } after{ EVALUATION }
             calibrator{ name temperature } temperature notice
-            threshold{ method alpha threshold num_calibration } conformal{ lac{ CONFORMAL } } } }
+            threshold{ THRESHOLD } abstention_threshold abstention
+            conformal{ lac{ CONFORMAL } aps{ CONFORMAL } raps{ RAPS } class_conditional{ CLASS_CONDITIONAL } }
+            reliability{ before{ BINS } after{ BINS } } risk_coverage{ coverage risk }
+            confusion classes{ name recall ci95 num_right num_test }
+            uncertainty{ total{ UNCERTAINTY } aleatoric{ UNCERTAINTY } epistemic{ UNCERTAINTY }
+                by_class{ name total aleatoric epistemic }
+                most_uncertain{ SHOWN } most_epistemic{ SHOWN } confidently_wrong{ SHOWN } }
+            unfamiliar{ photographs{ TOLD } corrupted{ TOLD } }
+            robustness{ num_images mean{ AT_SEVERITY } corruptions }
+            training{ epoch loss nll kl } } }
         differences{ nll{ difference ci95 } brier{ difference ci95 } accuracy{ difference ci95 } }
         conformal{ CONFORMAL }""",
     "predict": """
@@ -81,7 +104,8 @@ JSON_KEYS = {
         tests{ id name what passed value bound seconds } families{ full_rank{ sd_ratio } }""",
     "doctor": "ENVIRONMENT ok checks{ name ok found advice exit_code }",
 }
-OPAQUE = {"versions", "devices", "facts"}
+OPAQUE = {"versions", "devices", "facts", "corruptions", *AT.split()}
+WORDS = {name: value for name, value in vars().items() if name.isupper() and isinstance(value, str)}
 TOY_FAULT = Fault("two for one", lambda: mock.patch.object(math, "tau", 2.0))
 TOY_CHECK = Check(
     "T0",
@@ -93,11 +117,10 @@ TOY_CHECK = Check(
 
 def declared(text: str) -> set[str]:
     """Return the dotted names that a declaration of JSON_KEYS stands for."""
-    for name, value in (("EVALUATED", EVALUATED), ("EVALUATION", EVALUATION), ("CONFORMAL", CONFORMAL)):
-        text = re.sub(rf"\b{name}\b", value, text)
+    text = re.sub(rf"\b({'|'.join(WORDS)})\b", lambda found: WORDS[found.group()], text)
     found: set[str] = set()
     stack: list[str] = []
-    for token in text.replace("ENVIRONMENT", ENVIRONMENT).split():
+    for token in text.split():
         if token == "}":
             stack.pop()
             continue

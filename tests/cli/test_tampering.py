@@ -93,7 +93,11 @@ CALIBRATION: dict[str, tuple[Callable[[Any], None], str]] = {
     "no digest": (lambda model: model.pop("digest"), "not a calibration"),
     "no calibrator": (lambda model: model.pop("calibrator"), "not a calibration"),
     "no threshold": (lambda model: model.pop("threshold"), "not a calibration"),
-    "other calibrator": (lambda model: model.update(calibrator={"name": "vector"}), "unknown calibrator (vector)"),
+    "other calibrator": (lambda model: model.update(calibrator={"name": "platt"}), "unknown calibrator (platt)"),
+    "no parameters": (
+        lambda model: model.update(calibrator={"name": "vector"}),
+        "vector calibrator has unexpected keys (name)",
+    ),
     "zero temperature": (
         lambda model: model.update(calibrator={"name": "temperature", "temperature": 0}),
         "temperature cannot be used (0)",

@@ -23,19 +23,22 @@ def image_uniforms(x_BCHW: Tensor) -> NDArray[np.float64]:
     """Return a number in [0, 1) for each image, (B,): 53 bits of a keyed BLAKE2b hash of its shape and pixels.
 
     Args:
-        x_BCHW: uint8 pixels, before normalisation, on any device; the batch and its order do not matter.
+        x_BCHW: uint8 or float32 pixels, before normalisation, on any device; the batch and its order do not matter.
 
     Raises:
-        ValueError: The images are not uint8 (B, C, H, W).
+        ValueError: The images are not uint8 or float32 (B, C, H, W).
 
     Example:
         >>> image_uniforms(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).round(6).tolist()
         [0.078757, 0.078757]
     """
-    if x_BCHW.dtype != torch.uint8 or x_BCHW.ndim != 4:
-        raise ValueError(f"images must be uint8 (B, C, H, W); got {x_BCHW.dtype} {tuple(x_BCHW.shape)}")
+    if x_BCHW.dtype not in (torch.uint8, torch.float32) or x_BCHW.ndim != 4:
+        raise ValueError(f"images must be uint8 or float32 (B, C, H, W); got {x_BCHW.dtype} {tuple(x_BCHW.shape)}")
     header = ",".join(str(size) for size in x_BCHW.shape[1:]).encode() + b";"
     pixels_BCHW = x_BCHW.contiguous().cpu().numpy()  # the layout in memory is no part of the image
+    if x_BCHW.dtype == torch.float32:
+        header += b"float32;"
+        pixels_BCHW = (pixels_BCHW + np.float32(0)).astype("<f4")  # nor are the sign of zero and the byte order
     return np.array([_uniform(header, image.tobytes()) for image in pixels_BCHW], np.float64)
 
 
