@@ -124,7 +124,7 @@ def test_the_guide_names_every_marker_and_no_other() -> None:
 
 def test_the_guide_names_the_tables_of_parts_where_they_are() -> None:
     rows = re.findall(r"(?m)^\| [a-z ]+ \| `([\w/]+)` \| `([A-Z]+)` \|", CONTRIBUTING)
-    assert len(rows) == 4
+    assert len(rows) == 6
     for folder, table in rows:
         assert len(getattr(importlib.import_module(folder.replace("/", ".")), table)) > 1
     adding = (ROOT / "ARCHITECTURE.md").read_text("utf-8").split("## Adding\n")[1].split("\n## ")[0]
@@ -144,7 +144,7 @@ def test_what_the_guide_runs_by_hand_is_what_ci_runs(tool: str) -> None:
 
 
 def test_the_guide_and_the_readme_run_the_tests_alike() -> None:
-    command = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest\n"
+    command = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest -n auto\n"
     assert command in (ROOT / "README.md").read_text("utf-8")
     assert command in CONTRIBUTING
     extras = set(re.findall(r"'\.\[([\w,]+)\]'", CONTRIBUTING))

@@ -80,7 +80,7 @@ def load_unfamiliar(
 
 def why_not_comparable(data: ImageData) -> str | None:
     """Return why no images from elsewhere can be read as the training data are, in a clause, or None where they can."""
-    dtype = data.test.read([0]).dtype
+    dtype = data.train.read([0]).dtype
     return None if dtype == torch.uint8 else f"their pixels are {str(dtype).removeprefix('torch.')}, of no known scale"
 
 

@@ -263,7 +263,7 @@ def _beyond_the_test_split(
     left_out = []
     images = None
     if plan.num_corrupted:
-        if why := why_not_corruptible(data.test):
+        if why := why_not_corruptible(data.train):
             left_out.append(f"no corruptions: {why}")
         else:
             images = some_images(data.test, plan.num_corrupted)
@@ -280,7 +280,7 @@ def _beyond_the_test_split(
 
 def _why_not_shown(data: ImageData) -> str | None:
     """Return why no test images can be put on the page, in a clause, or None where they can."""
-    image_1CHW = data.test.read([0])
+    image_1CHW = data.train.read([0])
     shown = image_1CHW.dtype == torch.uint8 and image_1CHW.shape[1] in (1, 3)
     return None if shown else f"{image_1CHW.shape[1]} channels of {str(image_1CHW.dtype).removeprefix('torch.')}"
 

@@ -51,7 +51,7 @@ def test_a_session(run_cli: RunCli, folder_data: Path, workplace: Path) -> None:
     assert (code, err) == (0, "")
     assert "after (T = " in out
     assert "ECE if perfect" in out
-    assert "label sets at 90%: coverage " in out
+    assert "label sets (lac) at 90%: coverage " in out
     assert out.endswith(f"report: {shown}/report.html\n{record['sentence']}\n")
     assert (run / "report.html").stat().st_size > 1000
     assert (run / "plots" / "reliability.png").read_bytes().startswith(b"\x89PNG")

