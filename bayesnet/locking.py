@@ -37,7 +37,7 @@ def _acquire_from_kernel(path: Path) -> Callable[[], None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _busy(os.read(descriptor, 1000), path, "wait for it, or choose another --out") from None
+            raise _busy(os.read(descriptor, 1000), path, "wait for it") from None
         if not os.path.samestat(os.fstat(descriptor), path.stat()):
             raise BusyError("run directory was replaced while it was being locked", where=path.parent, hint="try again")
         os.ftruncate(descriptor, 0)

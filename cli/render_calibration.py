@@ -19,9 +19,10 @@ def print_calibration(record: JsonObject) -> None:
             say(line)
     _print_shift(record)
     conformal = record["conformal"]
+    asked = f"{100 * (1 - conformal['alpha']):.6g}%"
     say(
-        f"label sets ({conformal['method']}) at {1 - conformal['alpha']:.0%}: coverage {conformal['coverage']:.3f} "
-        f"(expected {interval_text(conformal['coverage_band'])}), {conformal['mean_set_size']:.2f} labels on average"
+        f"label sets ({conformal['method']}) at {asked}: coverage {conformal['coverage']:.3f} (expected "
+        f"{interval_text(conformal['coverage_band'])}), {conformal['mean_set_size']:.2f} labels on average"
         + (f"; {conformal['notice']}" if conformal["notice"] else "")
     )
     for what in record["left_out"]:

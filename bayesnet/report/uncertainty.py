@@ -25,8 +25,8 @@ def uncertainty(record: JsonObject, figures: Mapping[str, bytes]) -> str:
         "Uncertainty in nats: 0 for a sure answer, more for a spread one. The aleatoric part is doubt that each draw "
         "of the weights has by itself, such as of a blurred image, and more training would not remove it. The "
         "epistemic part is disagreement between the draws: what the model could still learn. A model with a single "
-        "set of weights has none. AUROC is the chance that a wrong answer was more uncertain than a right one; 50% "
-        "would be chance."
+        "set of weights has none but what an uncertain temperature gives it. AUROC is the chance that a wrong answer "
+        "was more uncertain than a right one; 50% would be chance."
     )
     caption = (
         "Numbers of test images, right and wrong, by uncertainty; dashed lines are means. The further apart the two "

@@ -54,6 +54,7 @@ def test_a_session(run_cli: RunCli, folder_data: Path, workplace: Path) -> None:
     assert "label sets (lac) at 90%: coverage " in out
     assert out.endswith(f"report: {shown}/report.html\n{record['sentence']}\n")
     assert (run / "report.html").stat().st_size > 1000
+    assert "label sets (lac) at 99.9%: " in run_cli("calibrate --alpha 0.001 --ood none --corrupt 0")[1]
     assert (run / "plots" / "reliability.png").read_bytes().startswith(b"\x89PNG")
 
     code, out, err = run_cli("predict {photos} --json", photos=folder_data)
