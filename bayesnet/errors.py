@@ -69,7 +69,7 @@ class StorageError(BayesnetError):
 
 
 class DivergedError(BayesnetError):
-    """Training produced NaN or infinity."""
+    """Training, or a trained model, produced NaN or infinity."""
 
     exit_code = 7
 

@@ -24,6 +24,7 @@ from bayesnet.calibration.identity import Identity
 from bayesnet.data import Examples, Preprocessing
 from bayesnet.data.loading import read_batches
 from bayesnet.engine import Engine
+from bayesnet.errors import DivergedError
 from bayesnet.inference.base import Posterior
 from bayesnet.types import Summary
 
@@ -69,6 +70,22 @@ def decompose(log_probabilities_SBK: Tensor) -> Decomposition:
     # Jensen's inequality makes the mutual information non-negative; rounding may not.
     expected_B = torch.minimum(_rows(entropy(log_probabilities_SBK), 0).mean(-1), entropy_B)
     return Decomposition(log_mean_BK, entropy_B, expected_B)
+
+
+def check_numbers(probabilities_NK: NDArray[np.floating]) -> None:
+    """Raise unless every probability is a number: a network can overflow on an image unlike those it was trained on.
+
+    Args:
+        probabilities_NK: (..., N, K), or their logarithms, on the host.
+
+    Raises:
+        DivergedError: NaN for some image.
+    """
+    wrong_N = np.isnan(probabilities_NK).any(-1)
+    if wrong_N.any():
+        images = np.flatnonzero(wrong_N.reshape(-1, wrong_N.shape[-1]).any(0))
+        what = f"the model gives NaN for {len(images)} of {wrong_N.shape[-1]} images"
+        raise DivergedError(what, hint="look at these images, or train again at a lower optimizer.learning_rate")
 
 
 def interval_kind(num_draws: int, level: float) -> str:
@@ -217,11 +234,21 @@ class Predictor:
             raw_SBK = self.raw_log_probabilities(x_BCHW)
             for calibrator, parts in zip(calibrators, rows, strict=True):
                 parts.append(_host(log_mean_exp(calibrator(raw_SBK), 0).exp()))
-        return [np.concatenate(parts) for parts in rows]
+        probabilities = [np.concatenate(parts) for parts in rows]
+        for p_NK in probabilities:
+            check_numbers(p_NK)
+        return probabilities
 
     def raw_draws(self, examples: Examples, indices_N: Tensor) -> Tensor:
-        """Return the uncalibrated log-probabilities (S, N, K) of some examples, float32 on the host."""
-        return torch.cat([self.raw_log_probabilities(x).float().cpu() for x in self.chunks(examples, indices_N)], 1)
+        """Return the uncalibrated log-probabilities (S, N, K) of some examples, float32 on the host.
+
+        Raises:
+            DivergedError: NaN for some image.
+        """
+        parts = [self.raw_log_probabilities(x).float().cpu() for x in self.chunks(examples, indices_N)]
+        draws_SNK = torch.cat(parts, 1)
+        check_numbers(draws_SNK.numpy())
+        return draws_SNK
 
     def summaries(self, examples: Examples, level: float) -> Iterator[Summary]:
         """Yield the summary of each chunk of examples, in order.

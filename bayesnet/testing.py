@@ -132,6 +132,8 @@ def check_same_seed_same_logits(family: Family) -> None:
         assert torch.equal(first, second), "same seed, different logits"
         draws = [posterior.predict_draws(problem.x_NCHW, 4) for _ in range(2)]
         assert torch.equal(*draws), "predict_draws is not deterministic"
+        with_features, _ = posterior.draws_and_features(problem.x_NCHW, 4)
+        assert torch.equal(with_features, draws[0]), "draws_and_features gives other draws than predict_draws"
 
 
 def check_state_round_trip(family: Family) -> None:

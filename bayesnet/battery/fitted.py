@@ -97,7 +97,14 @@ def _predictions(change: Change) -> Iterator[None]:
     def changed(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda posterior, x_BCHW, num_samples: change(original(posterior, x_BCHW, num_samples))
 
+    original = HeadPosterior.draws_and_features  # that of others asks `predict_draws`
+
+    def with_features(posterior: HeadPosterior, x_BCHW: Tensor, num_samples: int) -> tuple[Tensor, Tensor | None]:
+        draws_SBK, features_BD = original(posterior, x_BCHW, num_samples)
+        return change(draws_SBK), features_BD
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(HeadPosterior, "draws_and_features", with_features))
         for owner in (HeadPosterior, MeanFieldAll, Ensemble):
             for name in ("logits", "predict_draws"):
                 stack.enter_context(mock.patch.object(owner, name, changed(getattr(owner, name))))

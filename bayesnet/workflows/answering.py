@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayesnet.calibration import Calibrator, image_uniforms
 from bayesnet.data import Examples
-from bayesnet.predictive import Predictor, decompose, log_mean_exp
+from bayesnet.predictive import Predictor, check_numbers, decompose, log_mean_exp
 
 Array = NDArray[np.float64]
 
@@ -61,6 +61,9 @@ def answer(
         examples: Images; their labels are not looked at.
         indices_N: Which of them; all where None.
         keep_features: Whether to keep the features, D float32 values an image.
+
+    Raises:
+        DivergedError: A model gives NaN for some image.
     """
     rows: dict[str, list[Answers]] = {name: [] for name in models}
     first = next(iter(models.values())).predictor
@@ -68,7 +71,10 @@ def answer(
         uniform_B = image_uniforms(x_BCHW)
         for name, model in models.items():
             rows[name].append(_answer(model, x_BCHW, uniform_B, keep_features=keep_features))
-    return {name: _joined(parts) for name, parts in rows.items()}
+    answers = {name: _joined(parts) for name, parts in rows.items()}
+    for each in answers.values():
+        check_numbers(each.before_NK)
+    return answers
 
 
 def mean_probabilities(models: Mapping[str, Answering], examples: Examples) -> dict[str, Array]:
@@ -79,7 +85,10 @@ def mean_probabilities(models: Mapping[str, Answering], examples: Examples) -> d
         for name, model in models.items():
             log_SBK = model.calibrator(model.predictor.raw_log_probabilities(x_BCHW))
             rows[name].append(_host(log_mean_exp(log_SBK, 0).exp()))
-    return {name: np.concatenate(parts) for name, parts in rows.items()}
+    probabilities = {name: np.concatenate(parts) for name, parts in rows.items()}
+    for p_NK in probabilities.values():
+        check_numbers(p_NK)
+    return probabilities
 
 
 def _answer(model: Answering, x_BCHW: Tensor, uniform_B: Array, *, keep_features: bool) -> Answers:
