@@ -30,13 +30,11 @@ from bayesnet.data import ArrayExamples, DataConfig, Examples, ImageData, Prepro
 from bayesnet.data.corruptions import CORRUPTIONS
 from bayesnet.data.splits import halves
 from bayesnet.engine import Engine
-from bayesnet.errors import BusyError, ConfigError, DataError, DivergedError
+from bayesnet.errors import BusyError, ConfigError, DataError
 from bayesnet.plots import GRIDS
-from bayesnet.predictive import Predictor, RawPass
 from bayesnet.rundir import RunDirectory
 from bayesnet.settings import Settings
 from bayesnet.types import JsonObject
-from bayesnet.workflows import calibrating
 from bayesnet.workflows.calibrated import load_calibrated
 from bayesnet.workflows.calibrating import calibrate
 from bayesnet.workflows.predicting import predict
@@ -378,30 +376,3 @@ def test_a_calibration_split_of_one_image_is_refused(trained_copy: Path, monkeyp
     monkeypatch.setattr("bayesnet.workflows.calibrating.read_data", read)
     with pytest.raises(DataError, match="the calibration split has fewer than 2 images"):
         calibrate_only(trained_copy)
-
-
-@pytest.mark.parametrize("when", ["from the start", "on the test split"])
-def test_nan_from_a_model_is_told_and_nothing_is_stored(
-    calibrated_copy: Path, snapshot: Snapshot, folder_data: Path, monkeypatch: pytest.MonkeyPatch, when: str
-) -> None:
-    before, raw_pass, publish = snapshot(calibrated_copy), Predictor.raw_pass, calibrating._publish
-    broken = when == "from the start"
-
-    def passing(self: Predictor, x_BCHW: Tensor) -> RawPass:
-        raw = raw_pass(self, x_BCHW)
-        first_B = torch.arange(len(x_BCHW)) == 0
-        return raw._replace(logits_SBK=raw.logits_SBK.masked_fill(first_B[:, None], torch.nan)) if broken else raw
-
-    def publishing(*args: Any) -> JsonObject:  # noqa: ANN401
-        nonlocal broken
-        broken = True
-        return publish(*args)
-
-    monkeypatch.setattr(Predictor, "raw_pass", passing)
-    monkeypatch.setattr(calibrating, "_publish", publishing)
-    with pytest.raises(DivergedError, match=r"the model gives NaN for \d+ of \d+ images: look at these images"):
-        calibrate_only(calibrated_copy)
-    broken = True
-    with pytest.raises(DivergedError, match="the model gives NaN for"):
-        predict([folder_data], run=calibrated_copy, devices="cpu")
-    assert snapshot(calibrated_copy) == before
