@@ -72,19 +72,29 @@ def decompose(log_probabilities_SBK: Tensor) -> Decomposition:
     return Decomposition(log_mean_BK, entropy_B, expected_B)
 
 
-def check_numbers(probabilities_NK: NDArray[np.floating]) -> None:
-    """Raise unless every probability is a number: a network can overflow on an image unlike those it was trained on.
+def on_host(values: Tensor) -> NDArray[np.float64]:
+    """Return the values in float64 on the host."""
+    host: NDArray[np.float64] = values.double().cpu().numpy()
+    return host
 
-    Args:
-        probabilities_NK: (..., N, K), or their logarithms, on the host.
+
+def probabilities_on_host(probabilities_BK: Tensor) -> NDArray[np.float64]:
+    """Return the probabilities (B, K) in float64 on the host, where looking at them waits for nothing.
 
     Raises:
         DivergedError: NaN for some image.
     """
-    wrong_N = np.isnan(probabilities_NK).any(-1)
+    host_BK = on_host(probabilities_BK)
+    _check_numbers(host_BK)
+    return host_BK
+
+
+def _check_numbers(values_NK: NDArray[np.floating]) -> None:
+    """Raise DivergedError where values (..., N, K) are NaN: a network can overflow on an image unlike its own."""
+    wrong_N = np.isnan(values_NK).any(-1)
     if wrong_N.any():
-        images = np.flatnonzero(wrong_N.reshape(-1, wrong_N.shape[-1]).any(0))
-        what = f"the model gives NaN for {len(images)} of {wrong_N.shape[-1]} images"
+        num_wrong = int(wrong_N.reshape(-1, wrong_N.shape[-1]).any(0).sum())
+        what = f"the model gives NaN for {num_wrong} of {wrong_N.shape[-1]} images"
         raise DivergedError(what, hint="look at these images, or train again at a lower optimizer.learning_rate")
 
 
@@ -109,6 +119,9 @@ def summarize(log_probabilities_SBK: Tensor, level: float) -> Summary:
 
     The interval is the equal-tailed one of the class probability under the posterior (quantiles by linear
     interpolation), widened where needed to contain the mean: with skewed draws a mean often lies outside.
+
+    Raises:
+        DivergedError: NaN for some image.
     """
     num_draws = log_probabilities_SBK.shape[0]
     log_mean_BK, entropy_B, expected_B = decompose(log_probabilities_SBK)
@@ -116,12 +129,12 @@ def summarize(log_probabilities_SBK: Tensor, level: float) -> Summary:
     tail = 0.0 if interval_kind(num_draws, level).startswith("range") else (1 - level) / 2
     lower_BK, upper_BK = _quantiles(log_probabilities_SBK, (tail, 1 - tail))
     return Summary(
-        probability_BK=_host(mean_BK),
-        lower_BK=_host(torch.minimum(lower_BK, mean_BK)),
-        upper_BK=_host(torch.maximum(upper_BK, mean_BK)),
-        entropy_B=_host(entropy_B),
-        expected_entropy_B=_host(expected_B),
-        mutual_information_B=_host(entropy_B - expected_B),
+        probability_BK=probabilities_on_host(mean_BK),
+        lower_BK=on_host(torch.minimum(lower_BK, mean_BK)),
+        upper_BK=on_host(torch.maximum(upper_BK, mean_BK)),
+        entropy_B=on_host(entropy_B),
+        expected_entropy_B=on_host(expected_B),
+        mutual_information_B=on_host(entropy_B - expected_B),
         widened_BK=((mean_BK < lower_BK) | (mean_BK > upper_BK)).cpu().numpy(),
     )
 
@@ -233,11 +246,8 @@ class Predictor:
         for x_BCHW in self.chunks(examples, indices_N):
             raw_SBK = self.raw_log_probabilities(x_BCHW)
             for calibrator, parts in zip(calibrators, rows, strict=True):
-                parts.append(_host(log_mean_exp(calibrator(raw_SBK), 0).exp()))
-        probabilities = [np.concatenate(parts) for parts in rows]
-        for p_NK in probabilities:
-            check_numbers(p_NK)
-        return probabilities
+                parts.append(probabilities_on_host(log_mean_exp(calibrator(raw_SBK), 0).exp()))
+        return [np.concatenate(parts) for parts in rows]
 
     def raw_draws(self, examples: Examples, indices_N: Tensor) -> Tensor:
         """Return the uncalibrated log-probabilities (S, N, K) of some examples, float32 on the host.
@@ -247,7 +257,7 @@ class Predictor:
         """
         parts = [self.raw_log_probabilities(x).float().cpu() for x in self.chunks(examples, indices_N)]
         draws_SNK = torch.cat(parts, 1)
-        check_numbers(draws_SNK.numpy())
+        _check_numbers(draws_SNK.numpy())
         return draws_SNK
 
     def summaries(self, examples: Examples, level: float) -> Iterator[Summary]:
@@ -298,8 +308,3 @@ def _rows(values: Tensor, dim: int) -> Tensor:
     A sum along other dimensions is vectorised across images, in an order that depends on how many there are.
     """
     return values.movedim(dim, -1).contiguous()
-
-
-def _host(values: Tensor) -> NDArray[np.float64]:
-    host: NDArray[np.float64] = values.double().cpu().numpy()
-    return host

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields
@@ -97,17 +98,18 @@ def _predictions(change: Change) -> Iterator[None]:
     def changed(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda posterior, x_BCHW, num_samples: change(original(posterior, x_BCHW, num_samples))
 
-    original = HeadPosterior.draws_and_features  # that of others asks `predict_draws`
+    original = HeadPosterior.draws_and_features
 
     def with_features(posterior: HeadPosterior, x_BCHW: Tensor, num_samples: int) -> tuple[Tensor, Tensor | None]:
         draws_SBK, features_BD = original(posterior, x_BCHW, num_samples)
         return change(draws_SBK), features_BD
 
+    # Of a head both kinds of prediction ask `draws_and_features`, of the others both ask `predict_draws`.
+    predicted = ((HeadPosterior, "logits"), *itertools.product((MeanFieldAll, Ensemble), ("logits", "predict_draws")))
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(HeadPosterior, "draws_and_features", with_features))
-        for owner in (HeadPosterior, MeanFieldAll, Ensemble):
-            for name in ("logits", "predict_draws"):
-                stack.enter_context(mock.patch.object(owner, name, changed(getattr(owner, name))))
+        for owner, name in predicted:
+            stack.enter_context(mock.patch.object(owner, name, changed(getattr(owner, name))))
         yield
 
 

@@ -95,7 +95,8 @@ def corrupt(
     corruption = CORRUPTIONS[name]
     require(severity in SEVERITIES, "must be from 1 to 5", where=f"severity = {severity}")
     require(seed >= 0, "must not be negative", where=f"seed = {seed}")
-    _check_pixels(x_NCHW)
+    if unmet := _unmet(x_NCHW):
+        raise DataError(f"corruptions need {unmet.needed}", where=f"{x_NCHW.dtype}, {tuple(x_NCHW.shape)}")
     places = list(range(len(x_NCHW))) if positions is None else torch.as_tensor(positions).tolist()
     assert len(places) == len(x_NCHW), (len(places), len(x_NCHW))
     out_NCHW = torch.empty(x_NCHW.shape, dtype=torch.uint8)
@@ -160,11 +161,30 @@ class CorruptedExamples(Examples):
         self._examples.verify()
 
 
-def _check_pixels(x_NCHW: Tensor) -> None:
-    """Raise DataError unless these are images that can be corrupted."""
-    found = f"{x_NCHW.dtype}, {tuple(x_NCHW.shape)}"
-    right = x_NCHW.dtype == torch.uint8 and x_NCHW.dim() == 4 and x_NCHW.shape[1] in (1, 3)
-    if not right:
-        raise DataError("corruptions need uint8 pixels of shape (N, 1 or 3, H, W)", where=found)
-    if min(x_NCHW.shape[2:]) < MIN_SIDE:
-        raise DataError(f"corruptions need images of at least {MIN_SIDE} x {MIN_SIDE} pixels", where=found)
+def why_not_corruptible(x_NCHW: Tensor) -> str | None:
+    """Return why the corruptions are not defined for these images, in a clause, or None where they are."""
+    unmet = _unmet(x_NCHW)
+    return None if unmet is None else unmet.found
+
+
+class _Unmet(NamedTuple):
+    """What the corruptions need, and what there is instead."""
+
+    needed: str
+    found: str
+
+
+def _unmet(x_NCHW: Tensor) -> _Unmet | None:
+    """Return what these images lack, or None."""
+    form = "uint8 pixels of shape (N, 1 or 3, H, W)"
+    if x_NCHW.dtype != torch.uint8:
+        return _Unmet(form, f"pixels are {str(x_NCHW.dtype).removeprefix('torch.')}, not uint8")
+    if x_NCHW.dim() != 4 or x_NCHW.shape[1] not in (1, 3):
+        return _Unmet(form, f"images have {x_NCHW.shape[1]} channels, not 1 or 3")
+    height, width = x_NCHW.shape[2:]
+    if min(height, width) < MIN_SIDE:
+        least = f"{MIN_SIDE} x {MIN_SIDE}"
+        return _Unmet(
+            f"images of at least {least} pixels", f"images have {height} x {width} pixels, fewer than {least}"
+        )
+    return None

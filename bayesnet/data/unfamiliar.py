@@ -64,7 +64,7 @@ def load_unfamiliar(
         DataError: There are no images, they cannot be read, they are the training data, or the model was trained on
             floating-point pixels, whose scale no file has.
     """
-    if why := why_not_comparable(data):
+    if why := why_not_comparable(data.train.read([0])):
         raise DataError(f"no images can be set beside the training data: {why}", where=spec, hint="give none")
     require(max_images >= 1, "must be at least 1", where=f"max_images = {max_images}")
     require(seed >= 0, "must not be negative", where=f"seed = {seed}")
@@ -78,10 +78,11 @@ def load_unfamiliar(
     return _folder(folder, data, preprocessing, max_images, seed)
 
 
-def why_not_comparable(data: ImageData) -> str | None:
-    """Return why no images from elsewhere can be read as the training data are, in a clause, or None where they can."""
-    dtype = data.train.read([0]).dtype
-    return None if dtype == torch.uint8 else f"their pixels are {str(dtype).removeprefix('torch.')}, of no known scale"
+def why_not_comparable(x_NCHW: Tensor) -> str | None:
+    """Return why no images from elsewhere can be read as these are, in a clause, or None where they can."""
+    if x_NCHW.dtype == torch.uint8:
+        return None
+    return f"their pixels are {str(x_NCHW.dtype).removeprefix('torch.')}, of no known scale"
 
 
 def _registered(name: str, data: ImageData, preprocessing: Preprocessing, max_images: int, seed: int) -> UnfamiliarSet:

@@ -202,7 +202,7 @@ class HeadPosterior(Posterior):
 
     def predict_draws(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
         """Return draws of the logits (S, B, K) from one backbone pass, the same in every call."""
-        return self.draws_from_features(self.features(x_BCHW), num_samples)
+        return self.draws_and_features(x_BCHW, num_samples)[0]
 
     def draws_and_features(self, x_BCHW: Tensor, num_samples: int) -> tuple[Tensor, Tensor | None]:
         """Return draws of the logits (S, B, K) and the features (B, D) of one backbone pass."""

@@ -46,8 +46,7 @@ class Deterministic(Posterior):
 
     def logits(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
         """Return the logits as the only draw (1, B, K), whatever ``num_samples``."""
-        logits_BK: Tensor = self.head(self.backbone(x_BCHW))
-        return logits_BK.unsqueeze(0)
+        return self.draws_and_features(x_BCHW, num_samples)[0]
 
     def predict_draws(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
         """Return the logits as the only draw (1, B, K)."""

@@ -17,9 +17,9 @@ from bayesnet.report.markup import (
     percent,
     section,
     small,
+    table,
     text,
 )
-from bayesnet.report.markup import table as plain_table
 from bayesnet.types import JsonObject
 
 _TITLES = {
@@ -72,12 +72,12 @@ def metrics(record: JsonObject) -> str:
         better = "higher is better" if METRICS[name].higher_is_better else "lower is better"
         cells = "".join(_cell(name, model[stage]) for model in models.values() for stage in _STAGES)
         rows.append(f"<tr><th scope=row>{title}{small(better)}</th>{cells}</tr>")
-    table = (
+    main = (
         f"<div class=scroll><table class=stages><thead><tr><td rowspan=2></td>{names}</tr><tr>{stages}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
     notices = "".join(notice(f"{name}: {model['notice']}") for name, model in models.items() if model["notice"])
-    parts = table, notices, _difference(record), _notes(models), _more(models)
+    parts = main, notices, _difference(record), _notes(models), _more(models)
     return section("Before and after calibration", *parts)
 
 
@@ -105,7 +105,7 @@ def glossary() -> str:
 def _cell(name: str, values: JsonObject) -> str:
     """Return one value with its 95 % interval; ECE also with what a calibrated model would show."""
     share = name in _SHARES
-    shown = percent(values[name]) if share else number(values[name])
+    shown = _plain(name, values[name])
     ends = interval(values["ci95"][name], share=share) if values[name] is not None else "&nbsp;"
     null = ""
     if name == "ece":
@@ -139,16 +139,15 @@ def _more(models: Mapping[str, Mapping[str, Any]]) -> str:
         )
         for part, words in _BRIER_PARTS.items()
     ]
-    first = columns[0]
     for key, title, words in (
         ("risk_at_coverage", "Risk at coverage", "wrong among the most confident"),
         ("coverage_at_risk", "Coverage at risk", "answered with at most so many wrong"),
     ):
         rows += [
             (f"{title} {float(at):.0%}{small(words)}", *(percent(column[key][at]) for column in columns))
-            for at in first[key]
+            for at in columns[0][key]
         ]
-    return details("more metrics, without intervals", plain_table(head, rows))
+    return details("more metrics, without intervals", table(head, rows))
 
 
 def _plain(name: str, value: float | None) -> str:

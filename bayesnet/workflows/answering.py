@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayesnet.calibration import Calibrator, image_uniforms
 from bayesnet.data import Examples
-from bayesnet.predictive import Predictor, check_numbers, decompose, log_mean_exp
+from bayesnet.predictive import Predictor, decompose, log_mean_exp, on_host, probabilities_on_host
 
 Array = NDArray[np.float64]
 
@@ -71,10 +71,7 @@ def answer(
         uniform_B = image_uniforms(x_BCHW)
         for name, model in models.items():
             rows[name].append(_answer(model, x_BCHW, uniform_B, keep_features=keep_features))
-    answers = {name: _joined(parts) for name, parts in rows.items()}
-    for each in answers.values():
-        check_numbers(each.before_NK)
-    return answers
+    return {name: _joined(parts) for name, parts in rows.items()}
 
 
 def mean_probabilities(models: Mapping[str, Answering], examples: Examples) -> dict[str, Array]:
@@ -84,11 +81,8 @@ def mean_probabilities(models: Mapping[str, Answering], examples: Examples) -> d
     for x_BCHW in first.chunks(examples):
         for name, model in models.items():
             log_SBK = model.calibrator(model.predictor.raw_log_probabilities(x_BCHW))
-            rows[name].append(_host(log_mean_exp(log_SBK, 0).exp()))
-    probabilities = {name: np.concatenate(parts) for name, parts in rows.items()}
-    for p_NK in probabilities.values():
-        check_numbers(p_NK)
-    return probabilities
+            rows[name].append(probabilities_on_host(log_mean_exp(log_SBK, 0).exp()))
+    return {name: np.concatenate(parts) for name, parts in rows.items()}
 
 
 def _answer(model: Answering, x_BCHW: Tensor, uniform_B: Array, *, keep_features: bool) -> Answers:
@@ -99,12 +93,12 @@ def _answer(model: Answering, x_BCHW: Tensor, uniform_B: Array, *, keep_features
     log_mean_BK, entropy_B, expected_B = decompose(after_SBK)
     features_BD = raw.features_BD.float().cpu().numpy() if keep_features and raw.features_BD is not None else None
     return Answers(
-        _host(log_mean_exp(before_SBK, 0).exp()),
-        _host(log_mean_BK.exp()),
-        _host(entropy_B),
-        _host(expected_B),
-        _host(entropy_B - expected_B),
-        _host(-raw.logits_SBK.logsumexp(-1).mean(0)),
+        probabilities_on_host(log_mean_exp(before_SBK, 0).exp()),
+        probabilities_on_host(log_mean_BK.exp()),
+        on_host(entropy_B),
+        on_host(expected_B),
+        on_host(entropy_B - expected_B),
+        on_host(-raw.logits_SBK.logsumexp(-1).mean(0)),
         features_BD,
         uniform_B,
     )
@@ -118,8 +112,3 @@ def _joined(parts: list[Answers]) -> Answers:
     before_NK, after_NK, entropy_N, expected_N, information_N, energy_N = answers
     features_ND = np.concatenate(features) if features else None
     return Answers(before_NK, after_NK, entropy_N, expected_N, information_N, energy_N, features_ND, uniform_N)
-
-
-def _host(values: Tensor) -> Array:
-    host: Array = values.double().cpu().numpy()
-    return host

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from bayesnet import metrics, storage
 from bayesnet.calibration import (
@@ -23,7 +24,8 @@ from bayesnet.calibration import (
 )
 from bayesnet.calibration.temperature import Temperature
 from bayesnet.config import require
-from bayesnet.data import ImageData, Preprocessing
+from bayesnet.data import Examples, ImageData, Preprocessing
+from bayesnet.data.corruptions import why_not_corruptible
 from bayesnet.data.splits import halves
 from bayesnet.data.unfamiliar import PHOTOGRAPHS, why_not_comparable
 from bayesnet.engine import Engine
@@ -32,7 +34,7 @@ from bayesnet.report import calibration_report
 from bayesnet.rundir import RunDirectory, find_run
 from bayesnet.types import JsonObject
 from bayesnet.workflows.answering import Answering, Answers, answer
-from bayesnet.workflows.robustness import robustness_records, some_images, why_not_corruptible
+from bayesnet.workflows.robustness import robustness_records, some_images
 from bayesnet.workflows.trained import (
     NO_USER_CODE,
     TrainedModel,
@@ -179,7 +181,11 @@ def _publish(
     models = {name: each.answering for name, each in frozen.items()}
     tested = answer(models, data.test, keep_features=plan.ood != NONE)
     records = {name: _model_record(model, tested[name], data, plan) for name, model in frozen.items()}
-    beyond, left_out = _beyond_the_test_split(models, tested, data, preprocessing, plan)
+    x_1CHW = data.train.read([0])  # tells type, channels and size of all
+    beyond, left_out = _beyond_the_test_split(models, tested, data, x_1CHW, preprocessing, plan)
+    not_shown = _why_not_shown(x_1CHW)
+    if not_shown:
+        left_out.append(f"no images on the page: {not_shown}")
     for key, found in beyond.items():
         for name, each in records.items():
             each[key] = found.get(name)
@@ -208,7 +214,7 @@ def _publish(
         "sentence": verdict({name: each["after"] for name, each in records.items()}, differences),
         "report": str(run.report),
     }
-    _write(run, record, data)
+    _write(run, record, None if not_shown else data.test)
     return record
 
 
@@ -254,35 +260,33 @@ def _beyond_the_test_split(
     models: Mapping[str, Answering],
     tested: Mapping[str, Answers],
     data: ImageData,
+    x_1CHW: Tensor,
     preprocessing: Preprocessing,
     plan: CalibrationPlan,
 ) -> tuple[dict[str, dict[str, JsonObject]], list[str]]:
     """Return what the models make of corrupted and of unfamiliar images, by key and model, and what was left out."""
     robustness: dict[str, JsonObject] = {}
     unfamiliar: dict[str, JsonObject] = {name: {} for name in models}
-    left_out = []
+    left_out: list[str] = []
     images = None
     if plan.num_corrupted:
-        if why := why_not_corruptible(data.train):
+        if why := why_not_corruptible(x_1CHW):
             left_out.append(f"no corruptions: {why}")
         else:
             images = some_images(data.test, plan.num_corrupted)
             robustness = robustness_records(models, images)
-    if plan.ood == PHOTOGRAPHS and (why := why_not_comparable(data)):  # the default; images asked for by name must do
+    if plan.ood == PHOTOGRAPHS and (why := why_not_comparable(x_1CHW)):  # the default; images asked for by name must do
         left_out.append(f"no unfamiliar images: {why}")
     elif plan.ood != NONE:
         sets = unfamiliar_sets(plan.ood, data, preprocessing, images)
         unfamiliar = unfamiliar_records(models, tested, data.train, sets)
-    if why := _why_not_shown(data):
-        left_out.append(f"no images on the page: {why}")
     return {"robustness": robustness, "unfamiliar": unfamiliar}, left_out
 
 
-def _why_not_shown(data: ImageData) -> str | None:
-    """Return why no test images can be put on the page, in a clause, or None where they can."""
-    image_1CHW = data.train.read([0])
-    shown = image_1CHW.dtype == torch.uint8 and image_1CHW.shape[1] in (1, 3)
-    return None if shown else f"{image_1CHW.shape[1]} channels of {str(image_1CHW.dtype).removeprefix('torch.')}"
+def _why_not_shown(x_NCHW: Tensor) -> str | None:
+    """Return why images such as these cannot be put on the page, in a clause, or None where they can."""
+    shown = x_NCHW.dtype == torch.uint8 and x_NCHW.shape[1] in (1, 3)
+    return None if shown else f"{x_NCHW.shape[1]} channels of {str(x_NCHW.dtype).removeprefix('torch.')}"
 
 
 def training_trace(run: RunDirectory, name: str) -> list[JsonObject]:
@@ -299,13 +303,13 @@ def training_trace(run: RunDirectory, name: str) -> list[JsonObject]:
     ]
 
 
-def _write(run: RunDirectory, record: JsonObject, data: ImageData) -> None:
-    """Write figures, report and, last, calibration.json, which `predict` reads."""
+def _write(run: RunDirectory, record: JsonObject, shown: Examples | None) -> None:
+    """Write figures, report and, last, calibration.json, which `predict` reads; grids of test images where given."""
     from bayesnet.plots import draw_figures, draw_grids  # matplotlib takes half a second to import
 
     figures = draw_figures(record)
-    if _why_not_shown(data) is None:
-        figures |= draw_grids(record, lambda indices: data.test.read(indices).numpy())
+    if shown is not None:
+        figures |= draw_grids(record, lambda indices: shown.read(indices).numpy())
     with storage.storage_errors("cannot make the directory", run.plots):
         storage.make_directories(run.plots)
     for name, image in figures.items():

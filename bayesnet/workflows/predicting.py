@@ -14,7 +14,7 @@ from bayesnet.config import require
 from bayesnet.data.images import image_paths, read_image
 from bayesnet.engine import Engine
 from bayesnet.errors import DataError
-from bayesnet.predictive import check_numbers, interval_kind, summarize
+from bayesnet.predictive import interval_kind, summarize
 from bayesnet.rundir import find_run
 from bayesnet.types import JsonObject, Summary
 from bayesnet.workflows.calibrated import load_calibrated
@@ -94,7 +94,6 @@ class ImageClassifier:
         images_BCHW = torch.stack([image for _, image in chunk])
         summary = summarize(self.predictor.log_probabilities(images_BCHW), self.level)
         p_BK, sets_BK, abstains_B = summary.probability_BK, None, None
-        check_numbers(p_BK)
         if self.threshold is not None:
             sets_BK = prediction_sets(p_BK, self.threshold, image_uniforms(images_BCHW))
         if self.abstention is not None:

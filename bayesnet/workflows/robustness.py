@@ -16,7 +16,6 @@ from bayesnet.workflows.answering import Answering, mean_probabilities
 
 MEASURED = ("accuracy", "nll", "ece")
 SEED = 0
-MIN_SIDE = 8
 
 
 def some_images(examples: Examples, max_images: int, seed: int = SEED) -> ArrayExamples:
@@ -24,19 +23,6 @@ def some_images(examples: Examples, max_images: int, seed: int = SEED) -> ArrayE
     order_N = np.random.default_rng(seed).permutation(len(examples))[:max_images]
     indices_N = torch.from_numpy(np.sort(order_N))
     return ArrayExamples(examples.read(indices_N), examples.labels_N[indices_N])
-
-
-def why_not_corruptible(examples: Examples) -> str | None:
-    """Return why the corruptions are not defined for these images, in a clause, or None where they are."""
-    x_1CHW = examples.read([0])
-    _, channels, height, width = x_1CHW.shape
-    if x_1CHW.dtype != torch.uint8:
-        return f"pixels are {str(x_1CHW.dtype).removeprefix('torch.')}, not uint8"
-    if channels not in (1, 3):
-        return f"images have {channels} channels, not 1 or 3"
-    if min(height, width) < MIN_SIDE:
-        return f"images have {height} x {width} pixels, fewer than {MIN_SIDE} x {MIN_SIDE}"
-    return None
 
 
 def robustness_records(models: Mapping[str, Answering], images: ArrayExamples) -> dict[str, JsonObject]:
