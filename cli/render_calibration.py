@@ -62,8 +62,8 @@ def _abstention(found: JsonObject) -> str:
         return f"{found['notice']}"
     risk = "-" if test["risk"] is None else f"{test['risk']:.4f} {interval_text(test['ci95'])}"
     return (
-        f"answers where its confidence is at least {found['threshold']:.4f}: at most {limit:.3g} of the answers are "
-        f"wrong ({level:.0%} confidence); {test['coverage']:.1%} of the test images, risk {risk}"
+        f"answers where its confidence is at least {found['threshold']:.4f}: at most {100 * limit:g}% of the answers "
+        f"are wrong ({level:.0%} confidence); {test['coverage']:.1%} of the test images, risk {risk}"
     )
 
 

@@ -232,7 +232,8 @@ def abstention_from_json(entry: object) -> AbstentionThreshold:
     """
     fields = AbstentionThreshold._fields
     if not isinstance(entry, dict) or set(entry) - {"test"} != {*fields, "attained", "notice"}:
-        raise CheckpointError("abstention threshold has other keys than expected", where=repr(entry)[:80])
+        what = "abstention threshold has other keys than expected"
+        raise CheckpointError(what, where=repr(entry)[:80], hint="run calibrate again")
     found = AbstentionThreshold(*(entry[name] for name in fields))
     if not _consistent(found) or entry["attained"] is not found.attained or entry["notice"] != found.notice:
         raise CheckpointError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from bayesnet.calibration import (
     AbstentionThreshold,
@@ -17,6 +18,8 @@ from bayesnet.errors import CheckpointError, ConfigError
 from bayesnet.rundir import RunDirectory
 from bayesnet.types import JsonObject
 from bayesnet.workflows.trained import EVALUATION, NO_USER_CODE, TrainedModel, UserCode, load_model
+
+_T = TypeVar("_T")
 
 
 class CalibratedModel(NamedTuple):
@@ -41,10 +44,7 @@ def record_calibrator(run: RunDirectory, record: JsonObject) -> Calibrator:
     Raises:
         CheckpointError: It is unknown or damaged.
     """
-    try:
-        return calibrator_from_json(record["calibrator"])
-    except ConfigError as error:
-        raise CheckpointError("cannot use the calibration", where=run.calibration, hint=str(error)) from error
+    return _parsed(run, calibrator_from_json, record["calibrator"])
 
 
 def load_calibration(run: RunDirectory, model: TrainedModel) -> JsonObject | None:
@@ -87,6 +87,14 @@ def load_calibrated(run: RunDirectory, name: str, user: UserCode = NO_USER_CODE)
     return CalibratedModel(
         trained,
         record_calibrator(run, record),
-        threshold_from_json(record["threshold"]),
-        None if limit is None else abstention_from_json(limit),
+        _parsed(run, threshold_from_json, record["threshold"]),
+        None if limit is None else _parsed(run, abstention_from_json, limit),
     )
+
+
+def _parsed(run: RunDirectory, parse: Callable[[Any], _T], entry: object) -> _T:
+    """Return what an entry of the calibration says, or raise a CheckpointError that names the file too."""
+    try:
+        return parse(entry)
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError("cannot use the calibration", where=run.calibration, hint=str(error)) from error

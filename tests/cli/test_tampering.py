@@ -103,6 +103,8 @@ CALIBRATION: dict[str, tuple[Callable[[Any], None], str]] = {
         "temperature cannot be used (0)",
     ),
     "threshold of 2": (lambda model: model["threshold"].update(threshold=2.0), "conformal threshold cannot be used"),
+    "threshold of nothing": (lambda model: model.update(threshold=None), "conformal threshold has other keys"),
+    "abstention of 5": (lambda model: model.update(abstention_threshold=5), "abstention threshold has other keys"),
 }
 
 
@@ -131,8 +133,10 @@ def test_a_damaged_calibration_is_refused_where_it_is_used(
     run_cli: RunCli, snapshot: Snapshot, calibrated_copy: Path, name: str
 ) -> None:
     change, text = CALIBRATION[name]
-    edit(calibrated_copy / "calibration.json", of_model(change))
-    assert_refused(run_cli, snapshot, PREDICT, calibrated_copy, text)
+    path = calibrated_copy / "calibration.json"
+    edit(path, of_model(change))
+    for part in (text, str(path)):
+        assert_refused(run_cli, snapshot, PREDICT, calibrated_copy, part)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"models": []}', '{"models": {"bayesian": 3}}'])

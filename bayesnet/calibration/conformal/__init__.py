@@ -117,7 +117,8 @@ def threshold_from_json(entry: object) -> ConformalThreshold:
         CheckpointError: Other keys, an unknown method, or a number out of range.
     """
     if not isinstance(entry, dict) or "method" not in entry:
-        raise CheckpointError("conformal threshold has other keys than expected", where=repr(entry)[:80])
+        what = "conformal threshold has other keys than expected"
+        raise CheckpointError(what, where=repr(entry)[:80], hint="run calibrate again")
     if entry["method"] not in CONFORMAL:
         raise unusable(entry)
     return CONFORMAL[entry["method"]].from_json(entry)

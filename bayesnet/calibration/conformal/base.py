@@ -204,7 +204,8 @@ def check_entry(entry: JsonObject, kind: type[ConformalThreshold], *, largest: f
         CheckpointError: It has other keys, or a number out of range.
     """
     if set(entry) != {field.name for field in dataclasses.fields(kind)}:
-        raise CheckpointError("conformal threshold has other keys than expected", where=repr(entry)[:80])
+        what = "conformal threshold has other keys than expected"
+        raise CheckpointError(what, where=repr(entry)[:80], hint="run calibrate again")
     alpha = entry["alpha"]
     right = (
         isinstance(alpha, float)
