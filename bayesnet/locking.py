@@ -17,18 +17,26 @@ _HAS_FLOCK = importlib.util.find_spec("fcntl") is not None
 _held: set[int] = set()
 
 
-def acquire(path: Path) -> Callable[[], None]:
-    """Take the lock and return what gives it back. OSErrors are the caller's."""
+def acquire(path: Path, what: str = "run directory") -> Callable[[], None]:
+    """Take the lock and return what gives it back. OSErrors are the caller's.
+
+    Args:
+        path: The file that is locked, in the directory that it protects; it is made.
+        what: What it protects, for the message.
+
+    Raises:
+        BusyError: Another process holds it.
+    """
     if _HAS_FLOCK:
         try:
-            return _acquire_from_kernel(path)
+            return _acquire_from_kernel(path, what)
         except OSError as error:  # some cluster file systems have no flock
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise
-    return _acquire_by_file(path.with_name(f"{path.name}-held"))
+    return _acquire_by_file(path.with_name(f"{path.name}-held"), what)
 
 
-def _acquire_from_kernel(path: Path) -> Callable[[], None]:
+def _acquire_from_kernel(path: Path, what: str) -> Callable[[], None]:
     """Take the lock with flock, which ends with the process however that dies."""
     import fcntl  # not on Windows
 
@@ -37,9 +45,9 @@ def _acquire_from_kernel(path: Path) -> Callable[[], None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _busy(os.read(descriptor, 1000), path, "wait for it") from None
+            raise _busy(os.read(descriptor, 1000), path, what, "wait for it") from None
         if not os.path.samestat(os.fstat(descriptor), path.stat()):
-            raise BusyError("run directory was replaced while it was being locked", where=path.parent, hint="try again")
+            raise BusyError(f"{what} was replaced while it was being locked", where=path.parent, hint="try again")
         os.ftruncate(descriptor, 0)
         os.write(descriptor, owner())
     except BaseException:
@@ -55,13 +63,13 @@ def _acquire_from_kernel(path: Path) -> Callable[[], None]:
     return release
 
 
-def _acquire_by_file(path: Path) -> Callable[[], None]:
+def _acquire_by_file(path: Path, what: str) -> Callable[[], None]:
     """Take the lock by creating a file, where there is no flock; a killed process leaves it behind."""
     try:
         storage.write_new(path, owner())
     except FileExistsError:
         holder = storage.read_bytes(path, max_bytes=1000)
-        raise _busy(holder, path, f"wait for it; if it is dead, delete {path}") from None
+        raise _busy(holder, path, what, f"wait for it; if it is dead, delete {path}") from None
     return lambda: path.unlink(missing_ok=True)
 
 
@@ -70,7 +78,7 @@ def owner() -> bytes:
     return json_bytes({"pid": os.getpid(), "host": platform.node()})
 
 
-def _busy(holder: bytes, path: Path, hint: str) -> BusyError:
+def _busy(holder: bytes, path: Path, what: str, hint: str) -> BusyError:
     """Return the error that names the holder, if its lock file says."""
     try:
         record = parse_json(holder, where=path)
@@ -78,7 +86,7 @@ def _busy(holder: bytes, path: Path, hint: str) -> BusyError:
         record = {}
     pid = record.get("pid")
     who = f"process {pid} on {record.get('host')}" if isinstance(pid, int) else "another process"
-    return BusyError(f"run directory is in use by {who}", where=path.parent, hint=hint)
+    return BusyError(f"{what} is in use by {who}", where=path.parent, hint=hint)
 
 
 def _close_in_child() -> None:

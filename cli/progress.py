@@ -1,4 +1,4 @@
-"""Progress of training on stderr (a bar on a terminal, one plain line per epoch elsewhere), and signals."""
+"""Progress on stderr (a bar on a terminal, plain lines elsewhere), and signals."""
 
 from __future__ import annotations
 
@@ -127,3 +127,34 @@ class SelftestProgress(SelftestListener):
     def on_check(self, check: Check, number: int, total: int) -> None:
         """Print its line."""
         click.echo(f"{number:>3}/{total}  {check.id:<4} {check.name}", err=True)
+
+
+class FileProgress:
+    """Shows how many of many files are done: a bar on a terminal, a plain line every tenth elsewhere."""
+
+    def __init__(self) -> None:
+        self._tenths = 0
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            columns = (TextColumn("{task.completed:,} of {task.total:,} files"), BarColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=None, visible=False)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` files are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, visible=True)
+        elif 10 * done // total > self._tenths:
+            self._tenths = 10 * done // total
+            click.echo(f"{done:,} of {total:,} files", err=True)

@@ -50,8 +50,8 @@ def print_train_summary(summary: JsonObject) -> None:
     say(f"      bayesnet predict {examples} --run {run}")
 
 
-def print_predictions(record: JsonObject) -> None:
-    """Print one row per image, and what the intervals are."""
+def print_predictions(record: JsonObject, *, with_classes: bool = False) -> None:
+    """Print one row per image, with its classes where asked, and what the intervals are."""
     interval = record["interval"]
     rows = [
         [
@@ -62,17 +62,34 @@ def print_predictions(record: JsonObject) -> None:
             f"{row['entropy']:.3f}",
             f"{row['mutual_information']:.3f}",
             _names(row["set"]) + (" abstains" if row["abstain"] else ""),
+            *(["\n".join(map(_class_bounds, row["classes"]))] if with_classes else []),
         ]
         for row in record["predictions"]
     ]
     headers = ["image", "label", "probability", f"{interval['level']:.0%} interval", "entropy", "mutual inf.", "set"]
+    headers += ["classes"] if with_classes else []
     table(None, headers, rows)
     state = "calibrated" if record["calibrated"] else "not calibrated: run `bayesnet calibrate`"
     say(f"{record['model']} model of {record['run']}, {state}")
-    say(
-        f"The interval ({interval['kind']}, {interval['samples']} draws, widened for {interval['widened']:.0%} of the "
-        "labels) holds the class probability under the posterior; it is no promise about the label. Entropies in nats."
+    say(f"{_interval_sentence(interval, widened=interval['widened'])} Entropies in nats.")
+
+
+def say_what_intervals_are(interval: JsonObject) -> None:
+    """Say on stderr what the intervals of a stream of predictions are."""
+    click.echo(_interval_sentence(interval), err=True)
+
+
+def _interval_sentence(interval: JsonObject, *, widened: float | None = None) -> str:
+    """Return what the intervals are and are not."""
+    how_often = "" if widened is None else f", widened for {widened:.0%} of the labels"
+    return (
+        f"The interval ({interval['kind']}, {interval['samples']} draws{how_often}) holds the class probability under "
+        "the posterior; it is no promise about the label."
     )
+
+
+def _class_bounds(entry: JsonObject) -> str:
+    return f"{printable(entry['name'])} {entry['probability']:.3f} [{entry['lower']:.3f}, {entry['upper']:.3f}]"
 
 
 def print_bench(record: JsonObject) -> None:

@@ -1,4 +1,4 @@
-"""Image files: finding them, reading their headers, decoding them to uint8 tensors. Every failure is a DataError.
+"""Image files: reading their headers, decoding them to uint8 tensors. Every failure is a DataError.
 
 A file from a stranger meets six decoders, never the forty that Pillow has; its size is checked from the header, and
 what its pixels mean (orientation, transparency, 16 bits) is settled here once, for training and prediction alike.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -27,10 +26,9 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
+from bayesnet.data.finding import reason_of, stat_file
 from bayesnet.data.preprocessing import Preprocessing
 from bayesnet.errors import DataError
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 # Pillow's own Image.open warns of large images through the process-wide warnings module, which threads cannot silence
 # safely. These classes are what it would pick, and the limit of `_check_pixels` is stricter.
@@ -43,16 +41,6 @@ _DECODERS: tuple[tuple[tuple[bytes, ...], Callable[[IO[bytes], str], ImageFile]]
 )
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 _SIDEWAYS = (5, 6, 7, 8)
-
-
-def is_image_name(name: str) -> bool:
-    """Return whether a file name ends like an image and is not hidden.
-
-    Example:
-        >>> is_image_name("a.JPG"), is_image_name(".a.jpg"), is_image_name("notes.txt")
-        (True, False, False)
-    """
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - a name
 
 
 def read_image(path: Path | str, preprocessing: Preprocessing) -> Tensor:
@@ -112,28 +100,6 @@ def image_size(path: Path | str, *, max_pixels: int) -> tuple[int, int]:
         return (width, height) if turned else (height, width)
 
 
-def image_paths(paths: Iterable[Path | str]) -> list[Path]:
-    """Return the image files named, and those below the folders named, in the order given, folders sorted by name.
-
-    Hidden files, files with another suffix and folders seen before are left out (so a loop of links ends). A file
-    that is named is taken whatever its suffix.
-
-    Raises:
-        DataError: A path does not exist or cannot be read, or a folder has no image.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if not stat.S_ISDIR(stat_file(path).st_mode):
-            found.append(path)
-            continue
-        below = list(_below(path, set()))
-        if not below:
-            suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-            raise DataError("folder has no image", where=path, hint=f"images are files that end in {suffixes}")
-        found += below
-    return found
-
-
 def write_png(path: Path | str, image_CHW: Tensor) -> None:
     """Write a PNG file.
 
@@ -171,48 +137,6 @@ def jpeg_pixels(image_CHW: Tensor, quality: int) -> Tensor:
         return _to_tensor(JpegImageFile(file), image_CHW.shape[0])
 
 
-def stat_file(path: Path) -> os.stat_result:
-    """Return the status of a path, following links.
-
-    Raises:
-        DataError: It does not exist or cannot be reached.
-    """
-    try:
-        return path.stat()
-    except FileNotFoundError as error:
-        what = "link leads nowhere" if path.is_symlink() else "file or folder does not exist"
-        raise DataError(what, where=path) from error
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise DataError("cannot read", where=path, hint=_reason(error)) from error
-
-
-def list_folder(path: Path) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder by name, without hidden ones.
-
-    Raises:
-        DataError: It cannot be read.
-    """
-    try:
-        with os.scandir(path) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError("cannot read the folder", where=path, hint=_reason(error)) from error
-
-
-def _below(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
-    """Yield the images below a folder, depth first by name, each folder once."""
-    status = stat_file(folder)
-    if (status.st_dev, status.st_ino) in visited:
-        return
-    visited.add((status.st_dev, status.st_ino))
-    for entry in list_folder(folder):
-        path = folder / entry.name
-        if path.is_dir():
-            yield from _below(path, visited)
-        elif is_image_name(entry.name):
-            yield path
-
-
 def _check_takes_files(preprocessing: Preprocessing, path: Path | str) -> None:
     """Raise DataError where the model was trained on arrays that no image file can hold."""
     if preprocessing.pixel_scale == 1:
@@ -238,7 +162,7 @@ def _opened(path: Path, max_pixels: int) -> Iterator[ImageFile]:
             _check_pixels(image, max_pixels)
             yield image
     except Exception as error:  # decoders raise far more than OSError: SyntaxError, struct.error, MemoryError, ...
-        raise DataError("cannot read the image", where=path, hint=_reason(error)) from error
+        raise DataError("cannot read the image", where=path, hint=reason_of(error)) from error
 
 
 def _decoder(prefix: bytes) -> Callable[[IO[bytes], str], ImageFile]:
@@ -346,10 +270,3 @@ def _to_tensor(image: Image.Image, channels: int) -> Tensor:
     mode = "L" if channels == 1 else "RGB"
     array = np.asarray(image if image.mode == mode else image.convert(mode))
     return torch.from_numpy((array[None] if channels == 1 else array.transpose(2, 0, 1)).copy(order="C"))
-
-
-def _reason(error: Exception) -> str:
-    """Return why, on one line, without the path that the message names anyway."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bayesnet.data.dataset import SPLITS
-from bayesnet.data.images import is_image_name, list_folder, stat_file
+from bayesnet.data.finding import is_image_name, list_folder, stat_file
 from bayesnet.errors import DataError
 
 # Folder names, in lower case, that mean a split.

@@ -19,7 +19,8 @@ from bayesnet.config import require
 from bayesnet.data import DATASETS
 from bayesnet.data.dataset import DataConfig, ImageData
 from bayesnet.data.examples import ArrayExamples, Examples, FileExamples
-from bayesnet.data.images import image_paths, scaled_pixels, stat_file
+from bayesnet.data.finding import image_paths, stat_file
+from bayesnet.data.images import scaled_pixels
 from bayesnet.data.preprocessing import Preprocessing
 from bayesnet.errors import DataError, printable
 from bayesnet.registry import unknown_name

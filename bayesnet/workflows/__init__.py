@@ -8,7 +8,9 @@ from bayesnet.workflows.comparing import compare
 from bayesnet.workflows.environment import doctor
 from bayesnet.workflows.fitting import TrainListener
 from bayesnet.workflows.listing import list_backbones, list_datasets, list_families
-from bayesnet.workflows.predicting import ImageClassifier, predict
+from bayesnet.workflows.predicting import ImageClassifier, check_any_read, predict, predict_images
+from bayesnet.workflows.prediction_file import continue_predictions, predict_to_file
+from bayesnet.workflows.prediction_rows import row_format
 from bayesnet.workflows.selftesting import SelftestListener, selftest
 from bayesnet.workflows.training_run import train
 
@@ -18,12 +20,17 @@ __all__ = [
     "TrainListener",
     "bench",
     "calibrate",
+    "check_any_read",
     "compare",
+    "continue_predictions",
     "doctor",
     "list_backbones",
     "list_datasets",
     "list_families",
     "predict",
+    "predict_images",
+    "predict_to_file",
+    "row_format",
     "selftest",
     "train",
 ]

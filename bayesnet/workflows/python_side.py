@@ -14,7 +14,7 @@ from torch import nn
 
 from bayesnet.config import merge, require
 from bayesnet.data import Examples, FileExamples, ImageData, Preprocessing
-from bayesnet.data.images import image_paths
+from bayesnet.data.finding import image_paths
 from bayesnet.data.python_data import unlabelled
 from bayesnet.errors import CheckpointError
 from bayesnet.rundir import RunDirectory

@@ -126,7 +126,8 @@ def test_8_busy(run_cli: RunCli, calibrated_copy: Path) -> None:
 def test_130_143_where_nothing_is_saved(
     run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, calibrated_run: Path, command: str, signal_number: int, code: int
 ) -> None:
-    monkeypatch.setattr(f"bayesnet.workflows.{command}", raising(StopRequest(signal_number)))
+    name = "predict_images" if command == "predict" else command
+    monkeypatch.setattr(f"bayesnet.workflows.{name}", raising(StopRequest(signal_number)))
     line = f"{command} {{run}}/examples --run {{run}} --json" if command == "predict" else f"{command} {{run}} --json"
     found, out, err = run_cli(line, run=calibrated_run)
     assert (found, err) == (code, f"{PREFIX}interrupted\n")

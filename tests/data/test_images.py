@@ -13,7 +13,8 @@ from PIL import ExifTags, Image
 from torchvision.transforms import v2
 
 from bayesnet.data import images
-from bayesnet.data.images import image_paths, image_size, read_image, write_png
+from bayesnet.data.finding import image_paths
+from bayesnet.data.images import image_size, read_image, write_png
 from bayesnet.data.preprocessing import Preprocessing
 from bayesnet.errors import DataError, StopRequest
 
@@ -261,22 +262,6 @@ def test_models_of_arrays_take_no_files(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_image(tmp_path / "a.png", floats)
     assert str(caught.value).startswith("the model was trained on floating-point arrays, not image files (")
-
-
-def test_image_paths_walks_sorted(tmp_path: Path) -> None:
-    for name in ("b/2.PNG", "b/.hidden.png", "b/notes.txt", "a/deep/1.jpg", ".secret/3.png", "c.webp"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "a" / "loop").symlink_to(tmp_path)
-    found = image_paths([tmp_path / "b" / "notes.txt", tmp_path])
-    assert [str(path.relative_to(tmp_path)) for path in found] == ["b/notes.txt", "a/deep/1.jpg", "b/2.PNG", "c.webp"]
-
-
-def test_image_paths_refuses_what_is_missing_or_empty(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"file or folder does not exist \(.*gone\)"):
-        image_paths([tmp_path / "gone"])
-    with pytest.raises(DataError, match=r"folder has no image \(.*\): images are files that end in .bmp .gif"):
-        image_paths([tmp_path])
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:

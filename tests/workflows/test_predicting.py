@@ -146,7 +146,7 @@ def test_the_summary_is_that_of_the_draws(calibrated_run: Path, images: list[Pat
 
 
 def test_rows_are_given_as_they_come(calibrated_run: Path, images: list[Path]) -> None:
-    """A chunk at a time, so that a folder of any size can be streamed."""
+    """A chunk at a time and one ahead, so that a folder of any size can be streamed."""
     classifier = ImageClassifier(calibrated_run, devices="cpu")
     asked: list[Path] = []
 
@@ -157,7 +157,7 @@ def test_rows_are_given_as_they_come(calibrated_run: Path, images: list[Path]) -
 
     stream = classifier.rows(paths())
     assert next(stream)["path"] == str(images[0])
-    assert len(asked) == 32
+    assert len(asked) == 64
     assert len(list(stream)) == 69
 
 
@@ -182,7 +182,7 @@ def test_what_cannot_be_read_is_skipped(calibrated_run: Path, images: list[Path]
     [
         ({"interval": 0.0}, "must lie between 0 and 1 (interval = 0.0)"),
         ({"samples": 0}, "must be a power of two from 1 to 256 (samples = 0)"),
-        ({"samples": 100}, "draws must be a power of two from 1 to 256 (samples = 100)"),
+        ({"samples": 100}, "must be a power of two from 1 to 256 (samples = 100)"),
         ({"model": "twin"}, "the run has no such model, it has deterministic, bayesian (twin)"),
     ],
 )
