@@ -15,6 +15,7 @@ from bayesnet.errors import BayesnetError, StorageError, printable
 
 from .bench import bench
 from .calibrate import calibrate
+from .check_data import check_data
 from .compare import compare
 from .doctor import doctor
 from .list import list_command
@@ -37,7 +38,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (train, calibrate, predict, bench, compare, list_command, doctor, selftest):
+for command in (train, calibrate, predict, bench, compare, list_command, check_data, doctor, selftest):
     cli.add_command(command)
 
 

@@ -33,10 +33,10 @@ def test_python_in_ten_lines(folder_data: Path, tmp_path: Path) -> None:
     assert 0 <= float(lower) <= float(probability) <= float(upper) <= 1
 
 
-def test_every_command_of_the_seven_exists() -> None:
+def test_every_command_of_the_eight_exists() -> None:
     from bayesnet_cli.main import cli
 
-    lines = block("The command line in seven").splitlines()
+    lines = block("The command line in eight").splitlines()
     assert len(lines) == 7
     for line in lines:
         words = line.split("#")[0].split()

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -98,6 +98,45 @@ def image_size(path: Path | str, *, max_pixels: int) -> tuple[int, int]:
         # Pillow turns the size of a TIFF itself; a PNG whose EXIF comes after its pixels is not looked into.
         turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
         return (width, height) if turned else (height, width)
+
+
+class ImageFacts(NamedTuple):
+    """What an image file is, once all of it was decoded.
+
+    Attributes:
+        format: "JPEG", "PNG", "WEBP", "GIF", "BMP" or "TIFF".
+        mode: Of its pixels, in Pillow's words: "L", "RGB", "RGBA", "P", "CMYK", "I;16", ...
+        height: Pixels, upright.
+        width: Pixels, upright.
+        num_frames: 1, or more for an animation or a file of several pages, of which the first is read.
+        orientation: Of its EXIF data, 1 to 8; 1 is upright.
+    """
+
+    format: str
+    mode: str
+    height: int
+    width: int
+    num_frames: int
+    orientation: int
+
+
+def inspect_image(path: Path | str, *, max_pixels: int) -> ImageFacts:
+    """Decode a file as `read_image` does and return what it is.
+
+    Raises:
+        DataError: `read_image` would not read it.
+    """
+    with _opened(Path(path), max_pixels) as image:
+        width, height = image.size
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        mode, num_frames = image.mode, int(getattr(image, "n_frames", 1))
+        image.seek(0)
+        image.draft(None, (1, 1))  # the cheapest scale: all bytes are read
+        _eight_bits(image).load()
+        sideways = orientation in _SIDEWAYS and not isinstance(image, TiffImageFile)  # Pillow turns a TIFF itself
+        size = (width, height) if sideways else (height, width)
+        known = orientation if orientation in range(1, 9) else 1
+        return ImageFacts(str(image.format), mode, *size, num_frames, known)
 
 
 def write_png(path: Path | str, image_CHW: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bayesnet.workflows.benching import bench
 from bayesnet.workflows.calibrating import calibrate
+from bayesnet.workflows.checking import check_data
 from bayesnet.workflows.comparing import compare
 from bayesnet.workflows.environment import doctor
 from bayesnet.workflows.fitting import TrainListener
@@ -21,6 +22,7 @@ __all__ = [
     "bench",
     "calibrate",
     "check_any_read",
+    "check_data",
     "compare",
     "continue_predictions",
     "doctor",

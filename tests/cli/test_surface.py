@@ -30,6 +30,7 @@ SURFACE = {
     "bench": "[RUN] --devices --batch --samples --seconds --json",
     "compare": "RUN... --json",
     "list": "WHAT [PATTERN] --json",
+    "check-data": "PATH --max-pixels --json",
     "doctor": "--json",
     "selftest": "--full --seed --json",
 }
@@ -103,9 +104,13 @@ JSON_KEYS = {
     "selftest": """
         passed full seed seconds versions planted{ caught tried missed }
         tests{ id name what passed value bound seconds } families{ full_rank{ sd_ratio } }""",
+    "check-data": """
+        path ok problems notes num_images splits unreadable{ path reason }
+        duplicates{ within_class across_classes across_splits } formats modes num_animated num_rotated
+        sizes{ height{ min median max } width{ min median max } short_side{ low high count } }""",
     "doctor": "ENVIRONMENT ok checks{ name ok found advice exit_code }",
 }
-OPAQUE = {"versions", "devices", "facts", "corruptions", *AT.split()}
+OPAQUE = {"versions", "devices", "facts", "corruptions", "splits", "formats", "modes", *AT.split()}
 WORDS = {name: value for name, value in vars().items() if name.isupper() and isinstance(value, str)}
 TOY_FAULT = Fault("two for one", lambda: mock.patch.object(math, "tau", 2.0))
 TOY_CHECK = Check(
@@ -169,18 +174,22 @@ def test_exit_codes() -> None:
 @pytest.mark.parametrize("name", JSON_KEYS)
 def test_json_keys(run_cli: RunCli, calibrated_copy: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command prints one JSON object and nothing else, with exactly these keys."""
-    shutil.copy(calibrated_copy / "classes.json", calibrated_copy / "examples" / "bad.png")  # for `skipped`
+    shutil.copy(calibrated_copy / "classes.json", calibrated_copy / "examples" / "bad.png")  # for what is skipped
+    photos = calibrated_copy.parent / "photos"
+    for folder in ("cat", "dog"):
+        shutil.copytree(calibrated_copy / "examples", photos / folder)
     lines = {
         "train": "train --resume {run} --json",
         "predict": "predict {run}/examples --run {run} --json",
         "bench": "bench {run} --seconds 0.1 --devices cpu --json",
         "list": "list backbones --json",
+        "check-data": "check-data {photos} --json",
         "doctor": "doctor --json",
         "selftest": "selftest --json",
     }
     monkeypatch.setattr(running, "battery", lambda *, full: (TOY_CHECK,))
-    code, out, _ = run_cli(lines.get(name, f"{name} {{run}} --json"), run=calibrated_copy)
-    assert code == 0
+    code, out, _ = run_cli(lines.get(name, f"{name} {{run}} --json"), run=calibrated_copy, photos=photos)
+    assert code == (3 if name == "check-data" else 0)
     assert set(spelled(json.loads(out))) == declared(JSON_KEYS[name])
 
 
