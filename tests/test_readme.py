@@ -37,7 +37,7 @@ def test_every_command_of_the_eight_exists() -> None:
     from bayesnet_cli.main import cli
 
     lines = block("The command line in eight").splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 8
     for line in lines:
         words = line.split("#")[0].split()
         command = cli.commands[words[1]]
