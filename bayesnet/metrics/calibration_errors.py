@@ -79,8 +79,8 @@ def ece_debiased(probabilities: ArrayLike, labels: ArrayLike) -> float:
     r"""Return ECE less the part that sampling noise adds to it; a value below 0 means no error beyond noise.
 
     With the gap g of a bin and its standard deviation s under calibration, m^2 = max(g^2 - s^2, 0) estimates the true
-    gap, and E\|N(m, s^2)\| - m is subtracted. Under calibration the bias becomes smaller, not zero. With a true error it can
-    overshoot: with 1,000 examples, confidence uniform on .3 to 1 and a true error of .05 it is -.012.
+    gap, and E\|N(m, s^2)\| - m is subtracted. Under calibration the bias becomes smaller, not zero. With a true
+    error it can overshoot: with 1,000 examples, confidence uniform on .3 to 1 and a true error of .05 it is -.012.
     """
     p_NK, labels_N = checked(probabilities, labels)
     confidence_N = p_NK.max(1)
