@@ -16,7 +16,7 @@ import secrets
 import shutil
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bayesnet.errors import CheckpointError, StorageError
@@ -71,10 +71,24 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         StorageError: The file system refused; the old contents stand and no temporary file is left.
     """
+    replace_file(path, lambda temporary: write_new(temporary, data), "cannot write the file")
+
+
+def replace_file(path: Path, write: Callable[[Path], None], what: str) -> None:
+    """Replace ``path`` atomically and durably by a file that is too large to hold in memory.
+
+    Args:
+        path: The file.
+        write: Makes a file of the name that it is given and syncs its contents; its OSErrors become StorageError.
+        what: What could not be done where that fails, for the message.
+
+    Raises:
+        StorageError: The file system refused; the old contents stand and no temporary file is left.
+    """
     temporary = path.parent / temporary_name()
-    with storage_errors("cannot write the file", path):
+    with storage_errors(what, path):
         try:
-            write_new(temporary, data)
+            write(temporary)
             temporary.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):

@@ -196,7 +196,9 @@ def _hint_on_interruption(out: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if out.with_name(f"{out.name}.unfinished").exists():
+        from bayesnet.workflows.prediction_file import unfinished
+
+        if unfinished(out).exists():
             command = f"bayesnet predict --continue --out {shlex.quote(str(out))}"
             click.echo(f"go on with: {printable(command)}", err=True)
         raise

@@ -54,20 +54,21 @@ class StopSignals:
             raise StopRequest(self._pending)
 
 
-class TrainProgress(TrainListener):
-    """Shows the progress of a training run; a context manager that also owns the signals."""
+class _WithBar:
+    """A context manager that holds a bar on stderr where that is a terminal.
 
-    def __init__(self) -> None:
-        self.signals = StopSignals()
-        self._name = ""
+    Args:
+        text: The column before the bar.
+    """
+
+    def __init__(self, text: TextColumn) -> None:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if sys.stderr.isatty():
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+            columns = (text, BarColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
 
     def __enter__(self) -> Self:
-        self.signals.install()
         if self._bar is not None:
             self._bar.start()
         return self
@@ -77,6 +78,24 @@ class TrainProgress(TrainListener):
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class TrainProgress(_WithBar, TrainListener):
+    """Shows the progress of a training run; a context manager that also owns the signals."""
+
+    def __init__(self) -> None:
+        super().__init__(TextColumn("{task.description}", markup=False))
+        self.signals = StopSignals()
+        self._name = ""
+
+    def __enter__(self) -> Self:
+        self.signals.install()
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
         self.signals.restore()
 
     def on_note(self, text: str) -> None:
@@ -129,31 +148,18 @@ class SelftestProgress(SelftestListener):
         click.echo(f"{number:>3}/{total}  {check.id:<4} {check.name}", err=True)
 
 
-class FileProgress:
+class FileProgress(_WithBar):
     """Shows how many of many files are done: a bar on a terminal, a plain line every tenth elsewhere."""
 
     def __init__(self) -> None:
+        super().__init__(TextColumn("{task.completed:,} of {task.total:,} files"))
         self._tenths = 0
-        self._bar: Progress | None = None
-        if sys.stderr.isatty():
-            columns = (TextColumn("{task.completed:,} of {task.total:,} files"), BarColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        if self._bar is not None:
             self._task = self._bar.add_task("", total=None, visible=False)
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` files are done."""
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total, visible=True)
         elif 10 * done // total > self._tenths:
             self._tenths = 10 * done // total

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from bayesnet.data.ahead import map_ahead
 from bayesnet.data.assembly import carve
 from bayesnet.data.dataset import DataConfig
 from bayesnet.data.finding import reason_of
@@ -23,9 +22,7 @@ from bayesnet.types import JsonObject
 
 # Upper ends of the histogram of short sides, pixels; the last bin has none.
 SIDES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-MAX_THREADS = 8
-_AT_ONCE = 4096
-_BLOCK = 2**20
+_AHEAD = 256
 
 Listener = Callable[[int, int], None]
 """Called with the number of files done and the number of all."""
@@ -119,27 +116,19 @@ def _inspected(files: Sequence[tuple[str, str, Path]], max_pixels: int, listener
         except DataError as error:
             return _Found(split, name, path, None, str(error), "")
 
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="bayesnet-audit") as pool:
-        try:
-            for start in range(0, len(files), _AT_ONCE):
-                for number, found in enumerate(pool.map(inspect, files[start : start + _AT_ONCE]), start=start + 1):
-                    if listener is not None and number % 100 == 0:
-                        listener(number, len(files))
-                    yield found
-        finally:  # an interruption must not wait for the files that are left
-            pool.shutdown(wait=False, cancel_futures=True)
+    for number, found in enumerate(map_ahead(inspect, files, ahead=_AHEAD), start=1):
+        if listener is not None and number % 100 == 0:
+            listener(number, len(files))
+        yield found
 
 
 def _digest(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError("cannot read the image", where=path, hint=reason_of(error)) from error
-    return digest.hexdigest()
 
 
 def _duplicates(found: Iterable[_Found]) -> dict[str, list[list[str]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from bayesnet.data.ahead import MAX_THREADS as MAX_THREADS
+from bayesnet.data.ahead import num_threads
 from bayesnet.data.images import image_size, read_image
 from bayesnet.data.preprocessing import Preprocessing
 from bayesnet.errors import DataError
 
-MAX_THREADS = 8
 # Below this size most of the time goes to Python code that holds the interpreter lock: two threads need half as long
 # again as one for images of 32 x 32, and about 60 % of its time for 512 x 512.
 MIN_THREADED_BYTES = 10_000
@@ -219,7 +219,7 @@ class FileExamples(Examples):
         """How many threads decode, by the mean size of a few files."""
         sample = self.paths[:: max(1, len(self) // _SIZE_SAMPLE)]
         large = sum(map(_file_bytes, sample)) >= MIN_THREADED_BYTES * len(sample)
-        return min(MAX_THREADS, os.cpu_count() or 1) if large else 1
+        return num_threads() if large else 1
 
     def _fill(self, indices_B: Tensor) -> list[DataError]:
         """Decode those images that are not in the cache yet; return the errors, by position."""

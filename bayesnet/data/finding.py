@@ -124,43 +124,38 @@ def _is_pattern(path: Path) -> bool:
 
 
 def _from_source(path: Path) -> Iterator[Path]:
-    """Yield the images that one file, folder or pattern stands for."""
-    if not _is_pattern(path):
-        yield from _from_path(path)
+    """Yield the images that one file, folder or pattern stands for, at least one.
+
+    Raises:
+        DataError: There is none.
+    """
+    if _is_pattern(path):
+        what, images = "no image matches", _matches(path)
+    elif stat.S_ISDIR(stat_file(path).st_mode):
+        what, images = "folder has no image", _below(path, set())
+    else:
+        yield path
         return
     found = False
+    for image in images:
+        found = True
+        yield image
+    if not found:
+        raise DataError(what, where=path, hint=f"images are files that end in {' '.join(sorted(IMAGE_SUFFIXES))}")
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """Yield the images that a pattern matches, and those below the folders that it matches, each once."""
     walked: set[Path] = set()
-    for name in sorted(glob.iglob(str(path), recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute pattern
+    for name in sorted(glob.iglob(str(pattern), recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute pattern
         match = Path(name)
         if not walked.isdisjoint(match.parents):  # `**` matches a folder and what is below it
             continue
         if match.is_dir():
             walked.add(match)
-            images: Iterable[Path] = _below(match, set())
-        else:
-            images = [match] if is_image_name(match.name) else []
-        for image in images:
-            found = True
-            yield image
-    if not found:
-        raise DataError("no image matches", where=path, hint=f"images are files that end in {_suffixes()}")
-
-
-def _from_path(path: Path) -> Iterator[Path]:
-    """Yield a file, or the images below a folder."""
-    if not stat.S_ISDIR(stat_file(path).st_mode):
-        yield path
-        return
-    found = False
-    for image in _below(path, set()):
-        found = True
-        yield image
-    if not found:
-        raise DataError("folder has no image", where=path, hint=f"images are files that end in {_suffixes()}")
-
-
-def _suffixes() -> str:
-    return " ".join(sorted(IMAGE_SUFFIXES))
+            yield from _below(match, set())
+        elif is_image_name(match.name):
+            yield match
 
 
 def _named(names: Iterable[bytes], separator: bytes) -> Iterator[Path]:

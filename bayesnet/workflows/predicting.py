@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ from torch import Tensor
 
 from bayesnet.calibration import abstains, image_uniforms, prediction_sets
 from bayesnet.config import require
+from bayesnet.data.ahead import map_ahead
 from bayesnet.data.finding import find_images
 from bayesnet.data.images import read_image
 from bayesnet.engine import Engine
@@ -26,7 +24,6 @@ from bayesnet.types import JsonObject, Summary
 from bayesnet.workflows.calibrated import load_calibrated
 from bayesnet.workflows.trained import read_finished, trained_names
 
-MAX_THREADS = 8
 SHOWN = ("all", "top5")
 TOP = 5
 
@@ -83,7 +80,7 @@ class ImageClassifier:
         Args:
             paths: Image files.
         """
-        decoded = self._decoded(paths)
+        decoded = map_ahead(self._read, paths, ahead=self.predictor.chunk_size)
         while chunk := list(itertools.islice(decoded, self.predictor.chunk_size)):
             yield from self._chunk_outcomes(chunk)
 
@@ -109,27 +106,12 @@ class ImageClassifier:
             "widened": self.num_widened / self.num_rows if self.num_rows else 0.0,
         }
 
-    def _decoded(self, paths: Iterable[Path]) -> Iterator[tuple[Path, Tensor | DataError]]:
-        """Yield the pixels of each file in order, or why it cannot be read."""
-        pending: deque[tuple[Path, Future[Tensor | DataError]]] = deque()
-        pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="bayesnet-decode")
+    def _read(self, path: Path) -> tuple[Path, Tensor | DataError]:
+        """Return the pixels of a file, or why it cannot be read."""
         try:
-            for path in paths:
-                pending.append((path, pool.submit(self._read, path)))
-                if len(pending) > self.predictor.chunk_size:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            while pending:
-                first, future = pending.popleft()
-                yield first, future.result()
-        finally:  # an interruption must not wait for the files that are left
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _read(self, path: Path) -> Tensor | DataError:
-        try:
-            return read_image(path, self.preprocessing)
+            return path, read_image(path, self.preprocessing)
         except DataError as error:
-            return error
+            return path, error
 
     def _chunk_outcomes(self, chunk: Sequence[tuple[Path, Tensor | DataError]]) -> Iterator[JsonObject]:
         """Yield what came of the files of one chunk."""

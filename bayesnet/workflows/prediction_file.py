@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Done:
 
     num_rows: int = 0
     num_skipped: int = 0
-    first_reason: str | None = field(default=None)
+    first_reason: str | None = None
 
 
 def predict_to_file(
@@ -108,10 +108,10 @@ def predict_to_file(
         "strict": strict,
     }
     with _locked(out):
-        hint = "go on with --continue" if _unfinished(out).exists() else "choose another name"
-        if os.path.lexists(out) or _unfinished(out).exists():
+        hint = "go on with --continue" if unfinished(out).exists() else "choose another name"
+        if os.path.lexists(out) or unfinished(out).exists():
             raise ConfigError("the file of predictions exists", where=out, hint=hint)
-        _write_list(_unfinished(out), header, paths)
+        _write_list(unfinished(out), header, paths)
         return _go_on(out, classifier, rows, strict=strict, progress=progress)
 
 
@@ -156,8 +156,8 @@ def _go_on(
     out: Path, classifier: ImageClassifier, rows: RowFormat, *, strict: bool, progress: Progress | None
 ) -> JsonObject:
     """Predict the images that are left, remove their list, and return the summary."""
-    total = sum(1 for _ in _listed(_unfinished(out)))
-    paths = _listed(_unfinished(out))
+    total = sum(1 for _ in _listed(unfinished(out)))
+    paths = _listed(unfinished(out))
     done = _keep_complete_lines(out, rows, paths)
     with storage.storage_errors("cannot write the predictions", out), out.open("ab") as file:
         for outcome in classifier.outcomes(map(Path, paths)):
@@ -175,7 +175,7 @@ def _go_on(
         file.flush()
         os.fsync(file.fileno())
     with storage.storage_errors("cannot remove the list of images", out):
-        _unfinished(out).unlink()
+        unfinished(out).unlink()
         storage.sync_directory(out.absolute().parent)
     check_any_read(done.num_rows, done.num_skipped, done.first_reason, strict=strict)
     return {
@@ -235,7 +235,8 @@ def _changed(out: Path, number: int) -> StorageError:
     return StorageError(what, where=out, hint="delete the file and begin anew")
 
 
-def _unfinished(out: Path) -> Path:
+def unfinished(out: Path) -> Path:
+    """Return where the options and images of a file of predictions stand until it is whole."""
     return out.with_name(f"{out.name}.unfinished")
 
 
@@ -263,20 +264,15 @@ def _digests(classifier: ImageClassifier) -> JsonObject:
 
 def _write_list(path: Path, header: JsonObject, paths: Iterable[Path]) -> None:
     """Write the options and the images, whole or not at all."""
-    temporary = path.parent / storage.temporary_name()
-    with storage.storage_errors("cannot write the list of images", path):
-        try:
-            with temporary.open("xb") as file:
-                file.write(json_line(header))
-                file.writelines(json.dumps(str(each)).encode("ascii") + b"\n" for each in paths)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        storage.sync_directory(path.absolute().parent)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("xb") as file:
+            file.write(json_line(header))
+            file.writelines(json.dumps(str(each)).encode("ascii") + b"\n" for each in paths)
+            file.flush()
+            os.fsync(file.fileno())
+
+    storage.replace_file(path, write, "cannot write the list of images")
 
 
 def _read_header(out: Path) -> dict[str, Any]:
@@ -286,7 +282,7 @@ def _read_header(out: Path) -> dict[str, Any]:
         ConfigError: There is nothing to go on with.
         CheckpointError: They are damaged, or of another version of bayesnet.
     """
-    path = _unfinished(out)
+    path = unfinished(out)
     if not path.exists():
         what = "the file of predictions is finished" if out.exists() else "there is no such file of predictions"
         raise ConfigError(what, where=out, hint="begin one with `bayesnet predict PATH --out FILE`")
