@@ -192,10 +192,10 @@ def _stream(images: Iterator[Path], classifier: ImageClassifier, rows: RowFormat
 
 @contextmanager
 def _hint_on_interruption(out: Path) -> Iterator[None]:
-    """Say how to go on where a signal or an error ends the writing of a file."""
+    """Say how to go on where a signal ends the writing of a file; an error says itself what to do."""
     try:
         yield
-    except BaseException:
+    except KeyboardInterrupt:
         from bayesnet.workflows.prediction_file import unfinished
 
         if unfinished(out).exists():

@@ -52,12 +52,20 @@ class Done:
     Attributes:
         num_rows: Images with a prediction.
         num_skipped: Files without one.
-        first_reason: Why the first of these has none, as far as this process saw.
+        first_reason: Why the first of these has none.
     """
 
     num_rows: int = 0
     num_skipped: int = 0
     first_reason: str | None = None
+
+    def count(self, reason: str | None) -> None:
+        """Count a file, with the reason where it has no prediction."""
+        if reason is None:
+            self.num_rows += 1
+        else:
+            self.num_skipped += 1
+            self.first_reason = self.first_reason or reason
 
 
 def predict_to_file(
@@ -162,11 +170,7 @@ def _go_on(
     with storage.storage_errors("cannot write the predictions", out), out.open("ab") as file:
         for outcome in classifier.outcomes(map(Path, paths)):
             file.write(rows.line(outcome))
-            if "reason" in outcome:
-                done.num_skipped += 1
-                done.first_reason = done.first_reason or outcome["reason"]
-            else:
-                done.num_rows += 1
+            done.count(outcome.get("reason"))
             count = done.num_rows + done.num_skipped
             if count % classifier.predictor.chunk_size == 0:
                 file.flush()
@@ -208,26 +212,20 @@ def _keep_complete_lines(out: Path, rows: RowFormat, paths: Iterator[str]) -> Do
             end = len(rows.header)
             number = 1 + bool(rows.header)
             while (line := file.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
-                skipped = _skipped(line, rows, next(paths, None))
-                if skipped is None:
+                try:
+                    written, reason = rows.parse(line[:-1])
+                except ValueError as error:
+                    raise _changed(out, number) from error
+                path = next(paths, None)
+                if path is None or written != rows.written_path(path):
                     raise _changed(out, number)
-                done.num_skipped += skipped
-                done.num_rows += not skipped
+                done.count(reason)
                 end, number = end + len(line), number + 1
             file.truncate(end)
             file.flush()
             os.fsync(file.fileno())
         storage.sync_directory(out.absolute().parent)
     return done
-
-
-def _skipped(line: bytes, rows: RowFormat, path: str | None) -> bool | None:
-    """Return whether the image has no prediction, or None where the line is not its line."""
-    try:
-        written, skipped = rows.parse(line[:-1])
-    except ValueError:
-        return None
-    return skipped if path is not None and written == rows.written_path(path) else None
 
 
 def _changed(out: Path, number: int) -> StorageError:

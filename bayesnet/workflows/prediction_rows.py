@@ -37,14 +37,14 @@ class RowFormat(NamedTuple):
     Attributes:
         header: The first line, empty where there is none.
         line: From what came of a file, `ImageClassifier.outcomes`, to its line.
-        parse: From a line without its newline to the path as it is written there, and whether the file has no
-            prediction; ValueError for what is no such line.
+        parse: From a line without its newline to the path as it is written there, and why the file has no prediction,
+            None where it has one; ValueError for what is no such line.
         written_path: From a path to how it is written.
     """
 
     header: bytes
     line: Callable[[JsonObject], bytes]
-    parse: Callable[[bytes], tuple[str, bool]]
+    parse: Callable[[bytes], tuple[str, str | None]]
     written_path: Callable[[str], str]
 
 
@@ -76,11 +76,11 @@ def _jsonl(classes: Sequence[str], shown: str | None, spreadsheet_safe: bool) ->
         trimmed = shown == "top5" and "classes" in outcome
         return json_line(most_probable(outcome) if trimmed else outcome)
 
-    def parse(data: bytes) -> tuple[str, bool]:
+    def parse(data: bytes) -> tuple[str, str | None]:
         record = json.loads(data)
         if not isinstance(record, dict) or not isinstance(record.get("path"), str):
             raise ValueError("not a prediction")
-        return record["path"], "reason" in record
+        return record["path"], str(record["reason"]) if "reason" in record else None
 
     return RowFormat(b"", line, parse, lambda path: path)
 
@@ -114,14 +114,14 @@ def _csv(classes: Sequence[str], shown: str | None, spreadsheet_safe: bool) -> R
     def line(outcome: JsonObject) -> bytes:
         return _csv_line([*map(cell, [*map(outcome.get, COLUMNS), *class_cells(outcome)])])
 
-    def parse(data: bytes) -> tuple[str, bool]:
+    def parse(data: bytes) -> tuple[str, str | None]:
         try:
             [cells] = csv.reader([data.decode()], strict=True)
         except csv.Error as error:
             raise ValueError("not CSV") from error
         if len(cells) != len(columns):
             raise ValueError("other columns")
-        return cells[0], bool(cells[COLUMNS.index("reason")])
+        return cells[0], cells[COLUMNS.index("reason")] or None
 
     class_columns = _class_columns(classes, shown)
     num_class_columns, columns = len(class_columns), [*COLUMNS, *map(printable, class_columns)]

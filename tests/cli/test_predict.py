@@ -116,7 +116,9 @@ def test_an_interrupted_file_goes_on(
         code, out, err = run_cli(line, photos=photos, run=calibrated_run, out="my rows.jsonl")
     assert (code, out) == (130, "")
     assert "go on with: bayesnet predict --continue --out 'my rows.jsonl'\n" in err
-    shutil.rmtree(photos / "deep", ignore_errors=True)
+    code, out, err = run_cli(line, photos=photos, run=calibrated_run, out="my rows.jsonl")
+    message = "the file of predictions exists (my rows.jsonl): go on with --continue"
+    assert (code, out, err) == (2, "", f"bayesnet: error: {message}\n")
     code, out, _ = run_cli("predict --continue --out 'my rows.jsonl'")
     assert (code, out) == (0, f"my rows.jsonl: {count - 1} predictions, 1 files skipped\n")
     assert Path("my rows.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()

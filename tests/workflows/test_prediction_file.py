@@ -217,7 +217,7 @@ def test_strict_counts_what_was_skipped_before_the_stop(
 ) -> None:
     """All is written before the error, so that nothing has to be done again."""
     out = stopped(calibrated_run, images, tmp_path / "a.jsonl", strict=True)
-    with pytest.raises(DataError, match="1 of 70 images could not be read"):
+    with pytest.raises(DataError, match="1 of 70 images could not be read: cannot read the image"):
         continue_predictions(out, devices="cpu")
     assert out.read_bytes() == whole["jsonl"]
     assert names(tmp_path) == {"a.jsonl"}

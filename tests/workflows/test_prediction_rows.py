@@ -46,7 +46,7 @@ def test_any_name_makes_one_line_that_is_recognised(name: str, skipped: bool, fo
     line = rows.line({"path": name, "reason": "damaged"} if skipped else row(name))
     assert line.count(b"\n") == 1
     assert line.endswith(b"\n")
-    assert rows.parse(line[:-1]) == (rows.written_path(name), skipped)
+    assert rows.parse(line[:-1]) == (rows.written_path(name), "damaged" if skipped else None)
 
 
 def test_jsonl_is_what_predict_returns() -> None:
