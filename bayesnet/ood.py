@@ -193,12 +193,15 @@ def image_scores(
     return scores
 
 
-def unfamiliarity(known: Mapping[str, Floats], unfamiliar: Mapping[str, Floats]) -> JsonObject:
+def unfamiliarity(
+    known: Mapping[str, Floats], unfamiliar: Mapping[str, Floats], *, with_interval: bool = True
+) -> JsonObject:
     """Return how well each score tells unfamiliar images from known ones.
 
     Args:
         known: Score name to values of test images, (N,).
         unfamiliar: The same names, values of unfamiliar images, (M,).
+        with_interval: Whether to give ``auroc_ci95``, which takes all images for independent ones; else it is null.
 
     Returns:
         For each of SCORES an object with ``auroc`` (share of pairs in which the unfamiliar image has the higher score),
@@ -206,20 +209,20 @@ def unfamiliarity(known: Mapping[str, Floats], unfamiliar: Mapping[str, Floats])
         of known images that are alarms at the threshold that finds 95 % of the unfamiliar ones. All are null for a
         score that is not there, has values that are not finite, or has no images on one side.
     """
-    return {name: _detection(known.get(name), unfamiliar.get(name)) for name in SCORES}
+    return {name: _detection(known.get(name), unfamiliar.get(name), with_interval=with_interval) for name in SCORES}
 
 
-def _detection(known_N: Floats | None, unfamiliar_M: Floats | None) -> JsonObject:
+def _detection(known_N: Floats | None, unfamiliar_M: Floats | None, *, with_interval: bool) -> JsonObject:
     """Return how well one score does."""
     sides = [values for values in (known_N, unfamiliar_M) if values is not None and len(values)]
     if len(sides) < 2 or not all(np.isfinite(values).all() for values in sides):
         return {"auroc": None, "auroc_ci95": [None, None], "aupr_in": None, "aupr_out": None, "fpr95": None}
     known_N, unfamiliar_M = sides
-    low, high = detection.auroc_interval(unfamiliar_M, known_N)
+    ends = list(detection.auroc_interval(unfamiliar_M, known_N)) if with_interval else [None, None]
     # Where known images are the positive class, low scores speak for it.
     return {
         "auroc": float(detection.auroc(unfamiliar_M, known_N)),
-        "auroc_ci95": [float(low), float(high)],
+        "auroc_ci95": ends,
         "aupr_in": float(detection.aupr(-known_N, -unfamiliar_M)),
         "aupr_out": float(detection.aupr(unfamiliar_M, known_N)),
         "fpr95": float(detection.fpr_at_tpr(unfamiliar_M, known_N, _TRUE_POSITIVE_RATE)),

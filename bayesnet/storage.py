@@ -101,10 +101,23 @@ def write_json(path: Path, record: JsonObject) -> None:
     """Replace ``path`` by ``record`` as JSON; see `json_ready` for what values may be.
 
     Raises:
-        StorageError: The file system refused.
+        StorageError: The file system refused, or the text is longer than `read_json` reads.
         TypeError: A value or key has no JSON form.
     """
-    write_bytes(path, json_bytes(json_ready(record)))
+    write_bytes(path, json_file(path, record))
+
+
+def json_file(path: Path, record: JsonObject) -> bytes:
+    """Return what `write_json` would write, to know beforehand that it can be.
+
+    Raises:
+        StorageError: The text is longer than `read_json` reads.
+        TypeError: A value or key has no JSON form.
+    """
+    data = json_bytes(json_ready(record))
+    if len(data) > MAX_JSON_BYTES:
+        raise StorageError(f"the record takes more than {MAX_JSON_BYTES:,} bytes", where=f"{path}: {len(data):,}")
+    return data
 
 
 def append_line(path: Path, record: JsonObject) -> None:
@@ -184,7 +197,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> JsonObject:
     return parse_json(read_bytes(path, max_bytes=max_bytes), where=path)
 
 
-def read_lines(path: Path, *, max_bytes: int = 16 * MAX_JSON_BYTES) -> list[JsonObject]:
+def read_lines(path: Path, *, max_bytes: int = 4 * MAX_JSON_BYTES) -> list[JsonObject]:
     """Return the objects of a file of JSON lines; an unfinished last line (a kill while appending) does not count.
 
     Raises:

@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 from bayesnet.errors import CheckpointError
 from bayesnet.types import JsonObject
 
-MAX_JSON_BYTES = 8_000_000
+MAX_JSON_BYTES = 32_000_000
+"""Of a file: what is larger is neither written nor read."""
+
 MAX_JSON_DEPTH = 64
 
 

@@ -78,6 +78,9 @@ def _print_shift(record: JsonObject) -> None:
     ]
     if rows:
         table("unfamiliar images: AUROC against the test split, 95 % intervals", ["", *models], rows)
+        for name, found in next(iter(models.values()))["unfamiliar"].items():
+            if found["no_interval"]:
+                say(f"{name}: no interval, as {found['no_interval']}")
     tested = {name: model["robustness"] for name, model in models.items() if model["robustness"]}
     if tested:
         severities = range(len(next(iter(tested.values()))["mean"]))
@@ -91,7 +94,10 @@ def _print_shift(record: JsonObject) -> None:
 
 
 def _auroc(found: JsonObject) -> str:
-    return "-" if found["auroc"] is None else f"{found['auroc']:.3f} {interval_text(found['auroc_ci95'], 3)}"
+    if found["auroc"] is None:
+        return "-"
+    ends = "" if found["auroc_ci95"][0] is None else f" {interval_text(found['auroc_ci95'], 3)}"
+    return f"{found['auroc']:.3f}{ends}"
 
 
 def _number(value: float | None) -> str:

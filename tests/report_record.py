@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bayesnet.metrics import evaluate, reliability_bins
+from bayesnet.metrics import confusion_cells, evaluate, reliability_bins
 from bayesnet.types import JsonObject
 
 Array = NDArray[np.float64]
@@ -29,7 +29,7 @@ def report_record(
     rng = np.random.default_rng(seed)
     made = {name: _model(name, list(classes), num_test, rng) for name in models}
     default = "bayesian" if "bayesian" in made else list(made)[-1]
-    pair = {"difference": -0.0123, "ci95": [-0.0301, 0.0044]}
+    pair = {"difference": -0.0123, "ci95": [-0.0301, 0.0044], "p_value": 0.1234, "p_value_holm": 0.3702}
     return {
         "run": "/runs/simulated",
         "data": {
@@ -85,7 +85,7 @@ def _model(name: str, classes: list[str], num_test: int, rng: np.random.Generato
         "after": evaluate(p_NK, labels_N, num_resamples=NUM_RESAMPLES),
         "reliability": {"before": _bins(sharp_NK, labels_N), "after": _bins(p_NK, labels_N)},
         "risk_coverage": _risk_coverage(p_NK, labels_N),
-        "confusion": counts_KK.tolist(),
+        "confusion": confusion_cells(p_NK, labels_N),
         "classes": [_class(counts_KK, index, each) for index, each in enumerate(classes)],
         "conformal": _conformal(len(classes), num_test, rng),
         "abstention": _abstention(bayesian),
@@ -94,6 +94,7 @@ def _model(name: str, classes: list[str], num_test: int, rng: np.random.Generato
             "photographs": {
                 "description": "crops of two photographs",
                 "num_images": 300,
+                "no_interval": None,
                 "scores": {score: _detection(score, bayesian, rng) for score in _SCORES},
             }
         },

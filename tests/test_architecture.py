@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bayesnet.strict_json",),
     ("bayesnet.config", "bayesnet.configs"),
     ("bayesnet.registry",),
-    ("bayesnet.types", "bayesnet.errors"),
+    ("bayesnet.types", "bayesnet.errors", "bayesnet.wording"),
 )
 
 # Packages that only these modules (and what is below them in their package) may import.

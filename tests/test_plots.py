@@ -111,7 +111,7 @@ def test_a_hundred_classes_have_no_heat_map() -> None:
 @pytest.mark.parametrize("num_classes", [2, 13, MAX_CLASSES])
 def test_heat_maps_of_any_size(num_classes: int) -> None:
     names = [f"{k} " + "long name" * (k % 5) for k in range(num_classes)]
-    models = {name: {"confusion": np.eye(num_classes, dtype=int).tolist()} for name in ("a", "b")}
+    models = {name: {"confusion": [[k, k, 1] for k in range(num_classes)]} for name in ("a", "b")}
     assert opened(confusion_matrices(models, names)).shape[1] < 2000
 
 
@@ -159,14 +159,6 @@ def test_grids_say_what_each_image_is_and_what_it_was_taken_for(record: JsonObje
         f"{item['probability']:.1%}, {item['value']:.3f} nats",
     ]
     assert len(found.indices) == 12
-
-
-def test_classes_may_be_named_or_numbered(record: JsonObject) -> None:
-    numbered = report_record()
-    classes = numbered["data"]["classes"]
-    for item in numbered["models"]["bayesian"]["uncertainty"]["most_uncertain"]:
-        item |= {"label": classes.index(item["label"]), "predicted": classes.index(item["predicted"])}
-    assert grids(numbered) == grids(record)
 
 
 def test_a_point_estimate_has_no_epistemic_images() -> None:

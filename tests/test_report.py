@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_sample_image
 
+from bayesnet import storage, strict_json
 from bayesnet.metrics import METRICS
 from bayesnet.plots import draw_figures, draw_grids
 from bayesnet.report import calibration_report
@@ -36,7 +38,7 @@ FIGURES = dict.fromkeys(
     b"\x89PNG png bytes",
 )
 MAX_BYTES = 3_000_000
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?%?")
+NUMBER = re.compile(r"[<>]?-?\d+(?:\.\d+)?%?")
 
 
 class Elements(HTMLParser):
@@ -87,7 +89,7 @@ def named(name: str) -> JsonObject:
     record["data"]["name"] = name
     for model in record["models"].values():
         model |= {"notice": name, "family": name, "unfamiliar": {name: model["unfamiliar"]["photographs"]}}
-        model["unfamiliar"][name]["description"] = name
+        model["unfamiliar"][name] |= {"description": name, "no_interval": name}
         model["abstention"]["notice"] = name
         model["robustness"]["corruptions"] = {name: model["robustness"]["corruptions"]["fog"]}
         model["conformal"] = {f"{name}_": model["conformal"]["lac"], name: model["conformal"]["class_conditional"]}
@@ -152,8 +154,13 @@ def strangers(cells: list[str], record: JsonObject) -> list[str]:
     known = np.array([*numbers_of(record)])
     found = []
     for token in (token for cell in cells for token in NUMBER.findall(cell)):
-        digits = token.rstrip("%")
+        digits = token.strip("<>%")
         scale = 100 if token.endswith("%") else 1
+        if token[0] in "<>":  # beyond what one decimal can show, but not all or nothing
+            low, high = (0, 0.05) if token[0] == "<" else (99.95, 100)
+            if not ((known * 100 > low) & (known * 100 < high)).any():
+                found.append(token)
+            continue
         half = 0.5 * 10 ** -len(digits.partition(".")[2])
         if not (np.abs(known * scale - float(digits)) <= half + 1e-9).any():
             found.append(token)
@@ -241,7 +248,7 @@ def test_the_worst_class_comes_first_and_one_without_images_last() -> None:
 
 def test_confusions_are_counted_with_their_class() -> None:
     record = report_record(models=("bayesian",), classes=("a", "b", "c"))
-    record["models"]["bayesian"]["confusion"] = [[5, 7, 1], [0, 9, 0], [2, 0, 3]]
+    record["models"]["bayesian"]["confusion"] = [[0, 0, 5], [0, 1, 7], [0, 2, 1], [1, 1, 9], [2, 0, 2], [2, 2, 3]]
     page = calibration_report(record, {})
     rows = re.findall(r"<th scope=row>(\w taken for \w)</th><td>([^<]*)</td>", page)
     assert rows == [("a taken for b", "7 of 13"), ("c taken for a", "2 of 5"), ("a taken for c", "1 of 13")]
@@ -249,7 +256,7 @@ def test_confusions_are_counted_with_their_class() -> None:
 
 def test_a_model_without_confusions_says_so() -> None:
     record = report_record(models=("bayesian",), classes=("a", "b"))
-    record["models"]["bayesian"]["confusion"] = [[5, 0], [0, 9]]
+    record["models"]["bayesian"]["confusion"] = [[0, 0, 5], [1, 1, 9]]
     assert "bayesian: no test image was given a wrong class." in calibration_report(record, {})
 
 
@@ -272,3 +279,11 @@ def test_a_whole_page_with_photographs_is_small() -> None:
     page = calibration_report(record, figures)
     assert page.count("<img") == len(figures) == 9
     assert len(page.encode()) < MAX_BYTES
+
+
+def test_a_record_of_a_thousand_classes_can_be_stored_and_read(tmp_path: Path) -> None:
+    record = report_record(classes=[f"class {k}" for k in range(1000)], num_test=5000)
+    storage.write_json(tmp_path / "calibration.json", record)
+    assert (tmp_path / "calibration.json").stat().st_size < 0.3 * strict_json.MAX_JSON_BYTES
+    again = storage.read_json(tmp_path / "calibration.json")
+    assert calibration_report(again, {}) == calibration_report(record, {})

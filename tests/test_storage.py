@@ -165,8 +165,21 @@ def test_read_bytes_takes_regular_files_of_the_stated_size_only(tmp_path: Path) 
 def test_a_sparse_giant_is_refused_before_allocation(tmp_path: Path) -> None:
     with (tmp_path / "giant").open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(CheckpointError, match=f"file has {2**40} bytes, more than 8000000"):
+    with pytest.raises(CheckpointError, match=f"file has {2**40} bytes, more than {strict_json.MAX_JSON_BYTES}"):
         storage.read_json(tmp_path / "giant")
+
+
+def test_a_record_that_nothing_could_read_again_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    storage.write_json(path, {"kept": True})
+    with pytest.raises(
+        StorageError, match=r"the record takes more than 32,000,000 bytes \(.*record.json: 32,000,\d+\)"
+    ):
+        storage.write_json(path, {"long": "x" * strict_json.MAX_JSON_BYTES})
+    assert storage.read_json(path) == {"kept": True}
+    largest = {"long": "x" * (strict_json.MAX_JSON_BYTES - len(strict_json.json_bytes({"long": ""})))}
+    storage.write_json(path, largest)
+    assert storage.read_json(path) == largest
 
 
 def test_lines_round_trip_and_a_torn_last_line_does_not_count(tmp_path: Path) -> None:

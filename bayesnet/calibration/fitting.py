@@ -68,6 +68,10 @@ def fit_calibrator(name: str, log_probabilities_SNK: Tensor, labels_N: Tensor) -
     found = (
         f"half A has {errors} error{'' if errors == 1 else 's'} in {num_images} image{'s' if num_images > 1 else ''}"
     )
+    impossible = _num_impossible(log_probabilities_SNK, labels_N)
+    if impossible and name != isotonic.FAMILY.name:  # the other maps leave a probability of 0 as it is
+        what = f"{impossible} label{' of half A has' if impossible == 1 else 's of half A have'} probability 0"
+        return FittedCalibrator(Identity(), f"no {name} is applied: {what}, and so the NLL is infinite with any")
     if not errors:
         return FittedCalibrator(Identity(), f"no {name} is applied: {found}, which cannot tell one")
     calibrator = family.fit(log_probabilities_SNK, labels_N)
@@ -92,6 +96,12 @@ def _known(calibrator: Calibrator, log_probabilities_SNK: Tensor, labels_N: Tens
     low, high = likelihood_interval(log_probabilities_SNK, labels_N)
     subject = "the" if isinstance(calibrator, Temperature) else "even a single"
     return f"{subject} temperature is only known to lie between {low:.2f} and {high:.2f} (95 % likelihood interval)"
+
+
+def _num_impossible(log_probabilities_SNK: Tensor, labels_N: Tensor) -> int:
+    """Return how many labels have probability 0 in every draw."""
+    labels_SN1 = labels_N[None, :, None].expand(len(log_probabilities_SNK), -1, 1)
+    return int(log_probabilities_SNK.gather(2, labels_SN1).isneginf().all(0).sum())
 
 
 def _num_errors(log_probabilities_SNK: Tensor, labels_N: Tensor) -> int:

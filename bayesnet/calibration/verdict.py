@@ -8,6 +8,9 @@ from bayesnet.metrics import METRICS
 from bayesnet.types import JsonObject
 
 MIN_ERRORS = 10
+LEVEL = 0.05
+"""Largest probability, over test splits, of any false claim of a difference in one sentence."""
+
 _TITLES = {"nll": "NLL", "brier": "Brier score", "accuracy": "accuracy"}
 _MODELS = {"bayesian": "Bayesian", "deterministic": "deterministic"}
 
@@ -15,12 +18,13 @@ _MODELS = {"bayesian": "Bayesian", "deterministic": "deterministic"}
 def verdict(after: Mapping[str, JsonObject], differences: Mapping[str, JsonObject]) -> str:
     """Return one sentence: which calibrated model is better, on which metrics, and where the data do not say.
 
-    A difference counts only if its 95 % interval excludes 0. With fewer than ten test errors in either model the
-    sentence says that there are too few to compare.
+    A difference counts only if its p-value, corrected for all that are looked at, is at most 5 % and its 95 % interval
+    excludes 0. With fewer than ten test errors in either model the sentence says that there are too few to compare.
 
     Args:
         after: Metrics after calibration, as from `evaluate`, of "deterministic", "bayesian" or both.
-        differences: `paired_difference` of "nll", "brier" and "accuracy", Bayesian minus deterministic; empty for one.
+        differences: `paired_difference` of "nll", "brier" and "accuracy", Bayesian minus deterministic, each with
+            ``p_value_holm``; empty for one model.
 
     Raises:
         ValueError: No model, or a model of another name.
@@ -37,7 +41,10 @@ def verdict(after: Mapping[str, JsonObject], differences: Mapping[str, JsonObjec
             f"{errors['deterministic']} (deterministic) of {after['bayesian']['num_test']} test images, "
             f"where at least {MIN_ERRORS} each are needed."
         )
-    return f"After calibration, {_comparison(after, differences)}; this holds for this pair of trained models only."
+    return (
+        f"After calibration, {_comparison(after, differences)}; p corrected for {_number_tested(differences)} by "
+        "Holm's method; this holds for this pair of trained models only."
+    )
 
 
 def _comparison(after: Mapping[str, JsonObject], differences: Mapping[str, JsonObject]) -> str:
@@ -50,8 +57,11 @@ def _comparison(after: Mapping[str, JsonObject], differences: Mapping[str, JsonO
         if difference is None:
             infinite.append(title)
             continue
-        clause = f"{title} ({_values(metric, after)}, difference {_ends(metric, low, high)} at 95 %)"
-        if low <= 0 <= high:
+        p_value = differences[metric]["p_value_holm"]
+        clause = (
+            f"{title} ({_values(metric, after)}, difference {_ends(metric, low, high)} at 95 %, {_p_value(p_value)})"
+        )
+        if p_value > LEVEL or low <= 0 <= high:
             undecided.append(clause)
         else:
             bayesian = (difference > 0) == METRICS[metric].higher_is_better
@@ -88,6 +98,18 @@ def _ends(metric: str, low: float, high: float) -> str:
 
 def _number(metric: str, value: float, *, sign: str = "") -> str:
     return f"{value:{sign}.1%}" if metric == "accuracy" else f"{value:{sign}.4f}"
+
+
+def _p_value(value: float) -> str:
+    """Return it with three decimals; never a significant one that looks like 0, nor 0.050 for one above."""
+    if value < 0.001:
+        return "p < 0.001"
+    return f"p = {value:.3f}" if f"{value:.3f}" != "0.050" or value <= LEVEL else "p > 0.050"
+
+
+def _number_tested(differences: Mapping[str, JsonObject]) -> str:
+    number = sum(each["difference"] is not None for each in differences.values())
+    return f"{number} comparisons" if number > 1 else "one comparison"
 
 
 def _join(parts: list[str]) -> str:

@@ -26,6 +26,7 @@ from bayesnet.errors import DataError, printable
 from bayesnet.registry import unknown_name
 
 PHOTOGRAPHS = "photographs"
+CORRUPTED = "corrupted"
 NO_CLASS = -1
 """The label of unfamiliar images, which no metric of known classes accepts."""
 
@@ -40,11 +41,14 @@ class UnfamiliarSet(NamedTuple):
         name: Short name for tables: that of the data set, or of the folder.
         description: What they are, one clause.
         examples: uint8 pixels of the training images' channels and size; every label is NO_CLASS.
+        dependent: Why they say less than as many images of their own would, in a clause: then no interval can be given.
+            None where they are images of their own.
     """
 
     name: str
     description: str
     examples: Examples
+    dependent: str | None = None
 
 
 def load_unfamiliar(
@@ -97,7 +101,7 @@ def _registered(name: str, data: ImageData, preprocessing: Preprocessing, max_im
     chosen_M = _choice(len(other.test), max_images, seed)
     images = [scaled_pixels(image_CHW, preprocessing) for image_CHW in other.test.read(chosen_M)]
     description = f"{len(images)} test images of {DATASETS[name].description}"
-    return UnfamiliarSet(name, description, _examples(torch.stack(images), f"{name} image"))
+    return UnfamiliarSet(name, description, unfamiliar_examples(torch.stack(images), f"{name} image"))
 
 
 def _folder(path: str, data: ImageData, preprocessing: Preprocessing, max_images: int, seed: int) -> UnfamiliarSet:
@@ -112,7 +116,10 @@ def _folder(path: str, data: ImageData, preprocessing: Preprocessing, max_images
     labels_M = torch.full((len(chosen),), NO_CLASS, dtype=torch.int64)
     examples = FileExamples(chosen, labels_M, preprocessing, _CACHE_BYTES)
     description = f"{len(chosen)} of {len(paths)} images below {root}"
-    return UnfamiliarSet(printable(root.name), printable(description), examples)
+    # Every set has a name of its own, also where a folder is called like another set.
+    name = printable(root.name)
+    taken = name in (PHOTOGRAPHS, CORRUPTED, *DATASETS) or not name
+    return UnfamiliarSet(f"{_FOLDER}{name}" if taken else name, printable(description), examples)
 
 
 def _check_is_no_training_folder(root: Path, paths: list[Path], data: ImageData) -> None:
@@ -148,7 +155,8 @@ def _photographs(preprocessing: Preprocessing, max_images: int, seed: int) -> Un
         crop_CHW = image_CHW[:, top : top + crop_rows, left : left + crop_columns]
         crops.append(scaled_pixels(crop_CHW, preprocessing))
     description = f"{len(crops)} crops of scikit-learn's photographs of a temple and of a flower, at several scales"
-    return UnfamiliarSet(PHOTOGRAPHS, description, _examples(torch.stack(crops), "crop"))
+    dependent = "crops of two photographs are not images of their own"
+    return UnfamiliarSet(PHOTOGRAPHS, description, unfamiliar_examples(torch.stack(crops), "crop"), dependent)
 
 
 def _two_photographs() -> list[Tensor]:
@@ -159,7 +167,13 @@ def _two_photographs() -> list[Tensor]:
     return [torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1) for image_HWC in images]
 
 
-def _examples(images_NCHW: Tensor, prefix: str) -> ArrayExamples:
+def unfamiliar_examples(images_NCHW: Tensor, prefix: str) -> ArrayExamples:
+    """Return images of no class.
+
+    Args:
+        images_NCHW: uint8 pixels.
+        prefix: What stands before their place in their names.
+    """
     labels_N = torch.full((len(images_NCHW),), NO_CLASS, dtype=torch.int64)
     return ArrayExamples(images_NCHW, labels_N, prefix=prefix)
 

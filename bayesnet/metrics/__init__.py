@@ -18,13 +18,14 @@ from bayesnet.metrics.calibration_errors import (
     reliability_record,
 )
 from bayesnet.metrics.checks import SUM_TOLERANCE, checked, checked_probabilities
-from bayesnet.metrics.classes import confusion_matrix, per_class
+from bayesnet.metrics.classes import confusion_cells, confusion_matrix, per_class
 from bayesnet.metrics.counted import NUM_BINS
 from bayesnet.metrics.detection import aupr, auroc, auroc_interval, fpr_at_tpr
 from bayesnet.metrics.evaluation import METRICS, Metric, evaluate, paired_difference
 from bayesnet.metrics.resampling import wilson_interval
 from bayesnet.metrics.scalar import accuracy, ace, aurc, auroc_error, brier, count_infinite, ece, mce, nll, top5
 from bayesnet.metrics.selective import coverage_at_risk, eaurc, risk_at_coverage, risk_coverage_record
+from bayesnet.metrics.significance import holm, paired_p_value
 from bayesnet.metrics.smooth import ece_smooth
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "brier_decomposition",
     "checked",
     "checked_probabilities",
+    "confusion_cells",
     "confusion_matrix",
     "count_infinite",
     "coverage_at_risk",
@@ -57,9 +59,11 @@ __all__ = [
     "ece_smooth",
     "evaluate",
     "fpr_at_tpr",
+    "holm",
     "mce",
     "nll",
     "paired_difference",
+    "paired_p_value",
     "per_class",
     "reliability_bins",
     "reliability_record",

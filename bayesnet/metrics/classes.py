@@ -25,6 +25,26 @@ def confusion_matrix(probabilities: ArrayLike, labels: ArrayLike) -> NDArray[np.
     return cells.reshape(num_classes, num_classes).astype(np.int64)
 
 
+def confusion_cells(probabilities: ArrayLike, labels: ArrayLike) -> list[list[int]]:
+    """Return the cells of `confusion_matrix` that are not 0, ready for JSON: at most one for each example.
+
+    Args:
+        probabilities: (N, K), rows sum to 1.
+        labels: (N,), integers in 0..K-1.
+
+    Returns:
+        ``[true class, given class, number of examples]`` in the order of the classes.
+
+    Example:
+        >>> confusion_cells([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], [0, 1, 1])
+        [[0, 0, 1], [1, 0, 1], [1, 1, 1]]
+    """
+    matrix_KK = confusion_matrix(probabilities, labels)
+    true_C, given_C = matrix_KK.nonzero()
+    columns = true_C.tolist(), given_C.tolist(), matrix_KK[true_C, given_C].tolist()
+    return [list(cell) for cell in zip(*columns, strict=True)]
+
+
 def per_class(
     probabilities: ArrayLike, labels: ArrayLike, classes: Sequence[str], *, level: float = 0.95
 ) -> list[JsonObject]:

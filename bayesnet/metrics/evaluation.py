@@ -22,6 +22,7 @@ from bayesnet.metrics.resampling import (
 )
 from bayesnet.metrics.scalar import accuracy, ace, aurc, auroc_error, brier, ece, mce, nll, top5
 from bayesnet.metrics.selective import coverage_at_risk_of, eaurc_of, risk_at_coverage_of, risk_curve
+from bayesnet.metrics.significance import paired_p_value
 from bayesnet.metrics.smooth import ece_smooth_of
 from bayesnet.registry import Registry
 from bayesnet.types import JsonObject
@@ -113,7 +114,7 @@ def paired_difference(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> JsonObject:
-    """Return metric(a) - metric(b) on the same examples, with its paired bootstrap interval.
+    """Return metric(a) - metric(b) on the same examples, with its paired bootstrap interval and p-value.
 
     Args:
         probabilities_a: (N, K) of the first model.
@@ -125,7 +126,8 @@ def paired_difference(
         seed: Seed of the bootstrap.
 
     Returns:
-        ``{"difference": d, "ci95": [low, high]}``; None throughout if the metric is nll and a label has probability 0.
+        ``{"difference": d, "ci95": [low, high], "p_value": p}``, p from `paired_p_value`; None throughout if the metric
+        is nll and a label has probability 0.
 
     Raises:
         ConfigError: The metric is not one of the three.
@@ -135,11 +137,12 @@ def paired_difference(
     a_N, b_N = (values(*checked(probabilities, labels)) for probabilities in (probabilities_a, probabilities_b))
     key = f"ci{100 * level:g}"
     if np.isinf(a_N).any() or np.isinf(b_N).any():
-        return {"difference": None, key: [None, None]}
+        return {"difference": None, key: [None, None], "p_value": None}
     difference_N = a_N - b_N
     sums = [counts_RN @ difference_N for counts_RN in bootstrap_counts(len(a_N), num_resamples, seed)]
     interval = central(np.concatenate(sums) / len(a_N), level)
-    return {"difference": float(difference_N.mean()), key: list(interval)}
+    p_value = paired_p_value(difference_N, seed=seed)
+    return {"difference": float(difference_N.mean()), key: list(interval), "p_value": p_value}
 
 
 _PER_EXAMPLE: Registry[Callable[[Array, Labels], Array]] = Registry(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
+from numpy.typing import NDArray
 
 from bayesnet.plots.style import INK, INSIDE, MUTED, drawable, new_figure, plain, png_bytes, title
 
@@ -23,7 +24,7 @@ def confusion_matrices(models: Mapping[str, Mapping[str, Any]], classes: Sequenc
     A cell shows its number of images; the shade is its share of the row.
 
     Args:
-        models: Name to "confusion", K lists of K counts.
+        models: Name to "confusion": a list of [true class, given class, number of images].
         classes: K names, at most `MAX_CLASSES`.
 
     Raises:
@@ -42,12 +43,20 @@ def confusion_matrices(models: Mapping[str, Mapping[str, Any]], classes: Sequenc
         row, column = divmod(index, columns)
         left, top = column * width / columns + margin, height - row * height / rows - 0.4
         axes = figure.add_axes((left / width, (top - side) / height, side / width, side / height))
-        _draw(axes, np.array(model["confusion"], np.int64), names)
+        _draw(axes, _matrix(model["confusion"], len(names)), names)
         title(axes, name)
     return png_bytes(figure)
 
 
-def _draw(axes: Axes, counts_KK: np.ndarray[Any, np.dtype[np.int64]], names: list[str]) -> None:
+def _matrix(cells: Sequence[Sequence[int]], num_classes: int) -> NDArray[np.int64]:
+    """Return the matrix (K, K) of the cells that are not 0."""
+    counts_KK = np.zeros((num_classes, num_classes), np.int64)
+    for true, given, count in cells:
+        counts_KK[true, given] = count
+    return counts_KK
+
+
+def _draw(axes: Axes, counts_KK: NDArray[np.int64], names: list[str]) -> None:
     """Draw one matrix, with the number in each cell that is not empty."""
     share_KK = counts_KK / np.maximum(counts_KK.sum(1, keepdims=True), 1)
     axes.imshow(share_KK, cmap=_COLOURS, vmin=0, vmax=1, interpolation="nearest")

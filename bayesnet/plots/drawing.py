@@ -14,8 +14,12 @@ from bayesnet.plots.images import image_grid
 from bayesnet.plots.reliability import reliability_diagram
 from bayesnet.plots.uncertainty import uncertainty_histograms
 from bayesnet.types import JsonObject
+from bayesnet.wording import percent
 
 GRIDS = ("most_uncertain", "most_epistemic", "confidently_wrong")
+FIGURES = frozenset({"reliability", "risk_coverage", "uncertainty", "severity", "training", "confusion", *GRIDS})
+"""Names of all figures that a calibration can have."""
+
 _UNITS = {"most_uncertain": " nats", "most_epistemic": " nats", "confidently_wrong": ""}
 
 
@@ -78,7 +82,7 @@ def grids(record: JsonObject) -> dict[str, Grid]:
         if key == "most_epistemic" and not any(item["value"] for item in items):
             continue  # one set of weights: nothing to rank by
         if items:
-            captions = [_caption(item, record["data"]["classes"], _UNITS[key]) for item in items]
+            captions = [_caption(item, _UNITS[key]) for item in items]
             found[key] = Grid([item["index"] for item in items], captions)
     return found
 
@@ -93,8 +97,7 @@ def draw_grids(record: JsonObject, pixels: Callable[[Sequence[int]], NDArray[np.
     return {key: image_grid(pixels(grid.indices), grid.captions) for key, grid in grids(record).items()}
 
 
-def _caption(item: JsonObject, classes: Sequence[str], unit: str) -> list[str]:
+def _caption(item: JsonObject, unit: str) -> list[str]:
     """Return the lines under an image: what it is, what the model said, and how sure it was."""
-    label, predicted = (classes[key] if isinstance(key, int) else key for key in (item["label"], item["predicted"]))
     value = f", {item['value']:.3f}{unit}" if unit else ""
-    return [f"is {label}", f"said {predicted}", f"{item['probability']:.1%}{value}"]
+    return [f"is {item['label']}", f"said {item['predicted']}", f"{percent(item['probability'])}{value}"]

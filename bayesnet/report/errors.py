@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,19 +53,17 @@ def _recalls(name: str, entries: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _confusions(name: str, counts: Sequence[Sequence[int]], names: Sequence[str], limit: int) -> str:
+def _confusions(name: str, cells: Sequence[Sequence[int]], names: Sequence[str], limit: int) -> str:
     """Return the pairs of classes that were confused most often, in the order of the classes where equal."""
-    pairs = [
-        (count, true, given)
-        for true, row in enumerate(counts)
-        for given, count in enumerate(row)
-        if count and true != given
-    ]
+    pairs = [(count, true, given) for true, given, count in cells if true != given]
     if not pairs:
         return paragraph(f"{text(name)}: no test image was given a wrong class.")
+    num_images: Counter[int] = Counter()
+    for true, _, count in cells:
+        num_images[true] += count
     chosen = sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:limit]
     rows = [
-        (f"{text(names[true])} taken for {text(names[given])}", f"{count:d} of {sum(counts[true]):d}")
+        (f"{text(names[true])} taken for {text(names[given])}", f"{count:d} of {num_images[true]:d}")
         for count, true, given in chosen
     ]
     return table(("confusion", "images of the class"), rows, f"{text(name)}: most frequent confusions")

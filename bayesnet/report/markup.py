@@ -10,6 +10,7 @@ import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from bayesnet import wording
 from bayesnet.errors import printable
 
 MISSING = "n/a"
@@ -26,13 +27,13 @@ def text(value: object) -> str:
 
 
 def percent(value: float | None, decimals: int = 1) -> str:
-    """Return a share as per cent, or "n/a".
+    """Return a share as per cent in markup, or "n/a"; see `wording.percent`.
 
     Example:
-        >>> percent(0.1234), percent(None)
-        ('12.3%', 'n/a')
+        >>> percent(0.1234), percent(0.99999), percent(None)
+        ('12.3%', '&gt;99.9%', 'n/a')
     """
-    return MISSING if value is None else f"{value:.{decimals}%}"
+    return MISSING if value is None else text(wording.percent(value, decimals))
 
 
 def number(value: float | None, decimals: int = 4) -> str:

@@ -28,6 +28,11 @@ _SCORES = {
     "energy": "energy",
     "feature_density": "feature density",
 }
+_WHY_MISSING = {
+    "mutual_information": "there is no mutual information where there is one draw, or all draws agree",
+    "energy": "the energy needs the scale of the logits, which some models do not give",
+    "feature_density": "the feature density needs features that all draws share",
+}
 _MAX_EPOCHS = 12
 
 
@@ -41,12 +46,15 @@ def unfamiliar(record: JsonObject) -> str:
     if not parts:
         return ""
     words = paragraph(
-        "Images that belong to none of the classes should look strange to the model. AUROC is the chance that an "
+        "Images that belong to none of the classes, and test images damaged until little is left of them, should look "
+        "strange to the model. AUROC is the chance that such an "
         "unfamiliar image has the higher score of the two when it is set beside a test image: 100% is perfect, 50% is "
         "chance, and less than that means that the model finds these images more familiar than its own. FPR95 is the "
         "share of false alarms among the test images where 95 % of the unfamiliar images are found: lower is better."
     )
-    return section("Does it notice unfamiliar images?", words, *parts)
+    missing = [_WHY_MISSING[score] for score in _SCORES if score in _WHY_MISSING and _is_missing(record, score)]
+    reasons = paragraph(f"n/a: {'; '.join(missing)}.") if missing else ""
+    return section("Does it notice unfamiliar images?", words, *parts, reasons)
 
 
 def robustness(record: JsonObject, figures: Mapping[str, bytes]) -> str:
@@ -87,9 +95,9 @@ def training(record: JsonObject, figures: Mapping[str, bytes]) -> str:
     if not traces:
         return ""
     caption = (
-        "The objective of training by epoch, in nats per example (for a Bayesian model the negative ELBO), its NLL "
-        "part and, below, its KL part: the divergence from prior to posterior over the number of training images. The "
-        "curves should have become flat."
+        "The negative ELBO by epoch, in nats per example (of a model without a posterior, the NLL), its NLL part and, "
+        "below, its KL part: the divergence from prior to posterior over the number of training images. The parts are "
+        "added up as they are, also where training gave the KL another weight. The curves should have become flat."
     )
     folded = [details(f"{text(name)}: the numbers", _trace(trace)) for name, trace in traces.items()]
     return section("How training went", figure(figures.get("training"), caption), *folded)
@@ -100,7 +108,8 @@ def _set(name: str, set_name: str, found: Mapping[str, Any]) -> str:
     rows = [
         (
             text(_SCORES.get(score, score)),
-            f"{percent(each['auroc'])}{small(interval(each['auroc_ci95'], share=True))}",
+            percent(each["auroc"])
+            + ("" if each["auroc_ci95"][0] is None else small(interval(each["auroc_ci95"], share=True))),
             percent(each["fpr95"]),
             percent(each["aupr_in"]),
             percent(each["aupr_out"]),
@@ -109,7 +118,14 @@ def _set(name: str, set_name: str, found: Mapping[str, Any]) -> str:
     ]
     description = f": {text(found['description'])}" if found["description"] else ""
     caption = f"{text(name)} on {text(set_name)}{description} ({found['num_images']:d} images)"
-    return table(("score", "AUROC", "FPR95", "AUPR, test images", "AUPR, unfamiliar"), rows, caption)
+    why = paragraph(f"No interval: {text(found['no_interval'])}.", "notes") if found["no_interval"] else ""
+    return table(("score", "AUROC", "FPR95", "AUPR, test images", "AUPR, unfamiliar"), rows, caption) + why
+
+
+def _is_missing(record: JsonObject, score: str) -> bool:
+    """Return whether some model has no such score of some set."""
+    sets = [found for model in record["models"].values() for found in model["unfamiliar"].values()]
+    return any(found["scores"][score]["auroc"] is None for found in sets)
 
 
 def _severity(point: Mapping[str, Any]) -> tuple[str, str, str, str]:

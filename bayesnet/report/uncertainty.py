@@ -44,9 +44,7 @@ def uncertainty(record: JsonObject, figures: Mapping[str, bytes]) -> str:
         details(f"{text(name)}: mean uncertainty by class", _by_class(model["uncertainty"]["by_class"]))
         for name, model in models.items()
     ]
-    lists = [
-        details(f"{text(shown)}: the images by name", *_lists(models[shown]["uncertainty"], record["data"]["classes"]))
-    ]
+    lists = [details(f"{text(shown)}: the images by name", *_lists(models[shown]["uncertainty"]))]
     histograms = figure(figures.get("uncertainty"), caption, "wide")
     return section("Where the uncertainty lies", words, *parts, histograms, *grids, *classes, *lists)
 
@@ -73,16 +71,16 @@ def _by_class(entries: Sequence[Mapping[str, Any]]) -> str:
     return table(("true class", "total", "aleatoric", "epistemic"), rows) if rows else ""
 
 
-def _lists(parts: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def _lists(parts: Mapping[str, Any]) -> list[str]:
     """Return the images behind the grids, by the name of their file or their place in the test split."""
     titles = {"most_uncertain": "most uncertain", "most_epistemic": "most epistemic"}
     found = []
     for key in _GRIDS:
         rows = [
             (
-                f"{text(each['name'])}: {_class(each['label'], names)} taken for {_class(each['predicted'], names)}"
+                f"{text(each['name'])}: {text(each['label'])} taken for {text(each['predicted'])}"
                 if each["label"] != each["predicted"]
-                else f"{text(each['name'])}: {_class(each['label'], names)}",
+                else f"{text(each['name'])}: {text(each['label'])}",
                 f"{each['index']:d}",
                 percent(each["probability"]),
                 number(each["value"]),
@@ -93,8 +91,3 @@ def _lists(parts: Mapping[str, Any], names: Sequence[str]) -> list[str]:
             caption = titles.get(key, "confidently wrong")
             found.append(table(("image", "place in the test split", "confidence", "value"), rows, caption))
     return found
-
-
-def _class(key: int | str, names: Sequence[str]) -> str:
-    """Return the name of a class that a record names or numbers."""
-    return text(names[key] if isinstance(key, int) else key)

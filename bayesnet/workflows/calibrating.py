@@ -27,7 +27,7 @@ from bayesnet.config import require
 from bayesnet.data import Examples, ImageData, Preprocessing
 from bayesnet.data.corruptions import why_not_corruptible
 from bayesnet.data.splits import halves
-from bayesnet.data.unfamiliar import PHOTOGRAPHS, why_not_comparable
+from bayesnet.data.unfamiliar import PHOTOGRAPHS, UnfamiliarSet, why_not_comparable
 from bayesnet.engine import Engine
 from bayesnet.errors import DataError
 from bayesnet.report import calibration_report
@@ -46,7 +46,7 @@ from bayesnet.workflows.trained import (
     trained_names,
 )
 from bayesnet.workflows.uncertainty import uncertainty_record
-from bayesnet.workflows.unfamiliarity import unfamiliar_records, unfamiliar_sets
+from bayesnet.workflows.unfamiliarity import corrupted_set, read_unfamiliar, unfamiliar_records
 
 COMPARED = ("nll", "brier", "accuracy")
 MAX_CORRUPTED = 200
@@ -80,6 +80,22 @@ class CalibrationPlan(NamedTuple):
         require(valid, "must lie between 0 and 1", where=f"max_risk = {self.max_risk}")
         require(self.num_corrupted >= 0, "must not be negative", where=f"num_corrupted = {self.num_corrupted}")
         _ = CALIBRATORS[self.calibrator], CONFORMAL[self.sets]  # an unknown name is told before anything is read
+
+
+class _Shift(NamedTuple):
+    """What the models are asked about beyond the test split, settled before that is read.
+
+    Attributes:
+        unfamiliar: Images of no known class, or None.
+        num_corrupted: Test images to corrupt.
+        shown: Whether test images can be put on the page.
+        left_out: What these images do not allow, and why.
+    """
+
+    unfamiliar: UnfamiliarSet | None
+    num_corrupted: int
+    shown: bool
+    left_out: list[str]
 
 
 class _Frozen(NamedTuple):
@@ -143,8 +159,25 @@ def calibrate(
         data = read_data(directory, settings, preprocessing, data)
         if len(data.calibration) < 2:
             raise DataError("the calibration split has fewer than 2 images", where=data.spec, hint="add some")
+        shift = _shift(data, preprocessing, plan)
         half_sizes, frozen = _freeze(models, data, engine, plan, settings.data.seed)
-        return _publish(directory, data, preprocessing, plan, half_sizes, frozen)
+        return _publish(directory, data, plan, shift, half_sizes, frozen)
+
+
+def _shift(data: ImageData, preprocessing: Preprocessing, plan: CalibrationPlan) -> _Shift:
+    """Return what can be asked beyond the test split; what is wrong with unfamiliar images is told now."""
+    x_1CHW = data.train.read([0])  # tells type, channels and size of all
+    left_out, num_corrupted, unfamiliar = [], plan.num_corrupted, None
+    if num_corrupted and (why := why_not_corruptible(x_1CHW)):
+        left_out.append(f"no corruptions: {why}")
+        num_corrupted = 0
+    if plan.ood == PHOTOGRAPHS and (why := why_not_comparable(x_1CHW)):  # the default; images asked for by name must do
+        left_out.append(f"no unfamiliar images: {why}")
+    elif plan.ood != NONE:
+        unfamiliar = read_unfamiliar(plan.ood, data, preprocessing)
+    if why := _why_not_shown(x_1CHW):
+        left_out.append(f"no images on the page: {why}")
+    return _Shift(unfamiliar, num_corrupted, not why, left_out)
 
 
 def _freeze(
@@ -172,21 +205,16 @@ def _freeze(
 def _publish(
     run: RunDirectory,
     data: ImageData,
-    preprocessing: Preprocessing,
     plan: CalibrationPlan,
+    shift: _Shift,
     half_sizes: tuple[int, int],
     frozen: Mapping[str, _Frozen],
 ) -> JsonObject:
     """Evaluate on the test split; write calibration.json, the figures and the report; return the record."""
     models = {name: each.answering for name, each in frozen.items()}
-    tested = answer(models, data.test, keep_features=plan.ood != NONE)
+    tested = answer(models, data.test, keep_features=shift.unfamiliar is not None)
     records = {name: _model_record(model, tested[name], data, plan) for name, model in frozen.items()}
-    x_1CHW = data.train.read([0])  # tells type, channels and size of all
-    beyond, left_out = _beyond_the_test_split(models, tested, data, x_1CHW, preprocessing, plan)
-    not_shown = _why_not_shown(x_1CHW)
-    if not_shown:
-        left_out.append(f"no images on the page: {not_shown}")
-    for key, found in beyond.items():
+    for key, found in _beyond_the_test_split(models, tested, data, shift).items():
         for name, each in records.items():
             each[key] = found.get(name)
     for name, each in records.items():
@@ -196,6 +224,8 @@ def _publish(
     if len(tested) > 1:
         pair = tested["bayesian"].after_NK, tested["deterministic"].after_NK
         differences = {key: metrics.paired_difference(*pair, labels_N, key) for key in COMPARED}
+        corrected = metrics.holm({key: found["p_value"] for key, found in differences.items()})
+        differences = {key: found | {"p_value_holm": corrected[key]} for key, found in differences.items()}
     num_half_a, num_half_b = half_sizes
     record: JsonObject = {
         "run": str(run.path),
@@ -210,11 +240,11 @@ def _publish(
         "models": records,
         "differences": differences,
         "conformal": records[list(records)[-1]]["conformal"][plan.sets],
-        "left_out": left_out,
+        "left_out": shift.left_out,
         "sentence": verdict({name: each["after"] for name, each in records.items()}, differences),
         "report": str(run.report),
     }
-    _write(run, record, None if not_shown else data.test)
+    _write(run, record, data.test if shift.shown else None)
     return record
 
 
@@ -238,7 +268,7 @@ def _model_record(frozen: _Frozen, tested: Answers, data: ImageData, plan: Calib
             "after": metrics.reliability_record(after_NK, labels_N),
         },
         "risk_coverage": metrics.risk_coverage_record(after_NK, labels_N),
-        "confusion": metrics.confusion_matrix(after_NK, labels_N).tolist(),
+        "confusion": metrics.confusion_cells(after_NK, labels_N),
         "classes": metrics.per_class(after_NK, labels_N, data.classes),
         "conformal": {
             name: evaluate_sets(after_NK, labels_N, threshold, tested.uniform_N, classes=data.classes)
@@ -257,30 +287,20 @@ def _temperature(calibrator: Calibrator) -> float | None:
 
 
 def _beyond_the_test_split(
-    models: Mapping[str, Answering],
-    tested: Mapping[str, Answers],
-    data: ImageData,
-    x_1CHW: Tensor,
-    preprocessing: Preprocessing,
-    plan: CalibrationPlan,
-) -> tuple[dict[str, dict[str, JsonObject]], list[str]]:
-    """Return what the models make of corrupted and of unfamiliar images, by key and model, and what was left out."""
+    models: Mapping[str, Answering], tested: Mapping[str, Answers], data: ImageData, shift: _Shift
+) -> dict[str, dict[str, JsonObject]]:
+    """Return what the models make of corrupted and of unfamiliar images, by key and model."""
     robustness: dict[str, JsonObject] = {}
     unfamiliar: dict[str, JsonObject] = {name: {} for name in models}
-    left_out: list[str] = []
-    images = None
-    if plan.num_corrupted:
-        if why := why_not_corruptible(x_1CHW):
-            left_out.append(f"no corruptions: {why}")
-        else:
-            images = some_images(data.test, plan.num_corrupted)
-            robustness = robustness_records(models, images)
-    if plan.ood == PHOTOGRAPHS and (why := why_not_comparable(x_1CHW)):  # the default; images asked for by name must do
-        left_out.append(f"no unfamiliar images: {why}")
-    elif plan.ood != NONE:
-        sets = unfamiliar_sets(plan.ood, data, preprocessing, images)
+    sets = [] if shift.unfamiliar is None else [shift.unfamiliar]
+    if shift.num_corrupted:
+        images = some_images(data.test, shift.num_corrupted)
+        robustness = robustness_records(models, images)
+        if sets:
+            sets.append(corrupted_set(images))
+    if sets:
         unfamiliar = unfamiliar_records(models, tested, data.train, sets)
-    return {"robustness": robustness, "unfamiliar": unfamiliar}, left_out
+    return {"robustness": robustness, "unfamiliar": unfamiliar}
 
 
 def _why_not_shown(x_NCHW: Tensor) -> str | None:
@@ -290,7 +310,10 @@ def _why_not_shown(x_NCHW: Tensor) -> str | None:
 
 
 def training_trace(run: RunDirectory, name: str) -> list[JsonObject]:
-    """Return loss, NLL and KL / N of each epoch of a model, nats per example: the loss is the negative ELBO / N."""
+    """Return NLL, KL / N and their sum of each epoch of a model, nats per example.
+
+    The sum is the negative ELBO / N whatever weight the KL had in training, so that epochs can be compared.
+    """
     lines = [line for line in run.read_metrics() if line.get("model") == name]
     return [
         {
@@ -305,14 +328,17 @@ def training_trace(run: RunDirectory, name: str) -> list[JsonObject]:
 
 def _write(run: RunDirectory, record: JsonObject, shown: Examples | None) -> None:
     """Write figures, report and, last, calibration.json, which `predict` reads; grids of test images where given."""
-    from bayesnet.plots import draw_figures, draw_grids  # matplotlib takes half a second to import
+    from bayesnet.plots import FIGURES, draw_figures, draw_grids  # matplotlib takes half a second to import
 
+    data = storage.json_file(run.calibration, record)
     figures = draw_figures(record)
     if shown is not None:
         figures |= draw_grids(record, lambda indices: shown.read(indices).numpy())
     with storage.storage_errors("cannot make the directory", run.plots):
         storage.make_directories(run.plots)
+        for name in FIGURES - figures.keys():  # of an earlier calibration, which this one does not show
+            (run.plots / f"{name}.png").unlink(missing_ok=True)
     for name, image in figures.items():
         storage.write_bytes(run.plots / f"{name}.png", image)
     run.write_text(run.report.name, calibration_report(record, figures, title=f"Calibration of {run.path.name}"))
-    run.write_json(run.calibration.name, record)
+    storage.write_bytes(run.calibration, data)

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bayesnet.data import ArrayExamples, Examples, ImageData, Preprocessing
 from bayesnet.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from bayesnet.data.unfamiliar import UnfamiliarSet, load_unfamiliar
+from bayesnet.data.unfamiliar import CORRUPTED, UnfamiliarSet, load_unfamiliar, unfamiliar_examples
 from bayesnet.ood import FeatureDensity, image_scores, unfamiliarity
 from bayesnet.types import JsonObject
 from bayesnet.workflows.answering import Answering, Answers, Array, answer
@@ -21,25 +22,34 @@ ROUNDING = 1e-9
 """Nats below which a score is nothing but rounding."""
 
 
-def unfamiliar_sets(
-    spec: str, data: ImageData, preprocessing: Preprocessing, worst: ArrayExamples | None
-) -> list[UnfamiliarSet]:
-    """Return the sets that a spec names, and test images made unrecognisable, where there are some.
+def read_unfamiliar(spec: str, data: ImageData, preprocessing: Preprocessing) -> UnfamiliarSet:
+    """Return the set that a spec names, every image of it read: what is wrong with one is told now.
 
     Args:
         spec: As for `load_unfamiliar`.
         data: What the models were trained on.
         preprocessing: Of the models.
-        worst: Clean test images to corrupt at the highest severity, one corruption each in turn.
 
     Raises:
-        BayesnetError: See `load_unfamiliar`.
+        BayesnetError: See `load_unfamiliar`; or an image cannot be read.
     """
-    sets = [load_unfamiliar(spec, data, preprocessing)]
-    if worst is not None:
-        description = f"test images, each under one of the {len(CORRUPTIONS)} corruptions at the highest severity"
-        sets.append(UnfamiliarSet("corrupted", description, _each_corrupted(worst)))
-    return sets
+    found = load_unfamiliar(spec, data, preprocessing)
+    found.examples.verify()
+    return found
+
+
+def corrupted_set(images: ArrayExamples) -> UnfamiliarSet:
+    """Return test images that are hardly the ones they were: each under one corruption at the highest severity in turn.
+
+    They show known classes, and some of the images that they are set beside: a model that is as sure of them as before
+    takes no notice of what it looks at.
+
+    Args:
+        images: Clean.
+    """
+    description = f"test images, each under one of the {len(CORRUPTIONS)} corruptions at the highest severity"
+    dependent = "they are images of the test split itself"
+    return UnfamiliarSet(CORRUPTED, description, unfamiliar_examples(_each_corrupted(images), "corrupted"), dependent)
 
 
 def unfamiliar_records(
@@ -67,7 +77,10 @@ def unfamiliar_records(
             records[name][each.name] = {
                 "description": each.description,
                 "num_images": len(each.examples),
-                "scores": unfamiliarity(known_scores[name], _scores(answers, densities[name])),
+                "no_interval": each.dependent,
+                "scores": unfamiliarity(
+                    known_scores[name], _scores(answers, densities[name]), with_interval=each.dependent is None
+                ),
             }
     return records
 
@@ -86,11 +99,11 @@ def _scores(answers: Answers, density: FeatureDensity | None) -> dict[str, Array
     return {name: values for name, values in scores.items() if name not in empty}
 
 
-def _each_corrupted(images: ArrayExamples) -> ArrayExamples:
-    """Return every image under one corruption at the highest severity."""
+def _each_corrupted(images: ArrayExamples) -> Tensor:
+    """Return every image under one corruption at the highest severity, uint8 (N, C, H, W)."""
     names = list(CORRUPTIONS)
     parts = [
         corrupt(images.read([index]), names[index % len(names)], SEVERITIES[-1], 0, [index])
         for index in range(len(images))
     ]
-    return ArrayExamples(torch.cat(parts), images.labels_N)
+    return torch.cat(parts)

@@ -214,3 +214,13 @@ def test_a_calibrator_that_helps_nothing_is_not_applied() -> None:
     calibrator, notice = fit_calibrator("bayesian_temperature", log_p, labels)
     assert isinstance(calibrator, Identity)
     assert notice == "no bayesian_temperature is applied: on half A the NLL is no lower with it than without"
+
+
+@pytest.mark.parametrize("name", ["temperature", "vector", "bayesian_temperature"])
+def test_a_label_of_probability_0_is_told(name: str) -> None:
+    """No such map makes it likelier, so there is no NLL to lower."""
+    log_SNK = torch.tensor([[0.7, 0.3], [0.6, 0.4], [1.0, 0.0]]).log()[None].repeat(2, 1, 1)
+    fitted = fit_calibrator(name, log_SNK, torch.tensor([0, 1, 1]))
+    assert isinstance(fitted.calibrator, Identity)
+    what = "1 label of half A has probability 0, and so the NLL is infinite with any"
+    assert fitted.notice == f"no {name} is applied: {what}"

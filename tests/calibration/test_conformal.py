@@ -147,3 +147,13 @@ def test_bad_json_is_refused(change: dict[str, object]) -> None:
 def test_json_of_another_kind_is_refused(entry: object) -> None:
     with pytest.raises(CheckpointError, match="conformal threshold has other keys than expected"):
         threshold_from_json(entry)
+
+
+def test_scores_that_rounding_makes_1_are_told() -> None:
+    tiny = [[1e-18, 1.0 - 1e-18]] * 20
+    threshold = fit_lac(tiny, [0] * 20, 0.1)
+    assert prediction_sets(tiny, threshold).all()
+    assert threshold.notice == (
+        "labels of the calibration split have a probability below 1e-16: every set holds all classes"
+    )
+    assert fit_lac([[0.4, 0.6]] * 20, [0] * 20, 0.1).notice is None

@@ -24,7 +24,8 @@ def metrics(**changes: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
 
 
 def difference(value: float, half: float) -> dict[str, Any]:
-    return {"difference": value, "ci95": [value - half, value + half]}
+    p_value = 0.0004 if abs(value) > half else 0.3
+    return {"difference": value, "ci95": [value - half, value + half], "p_value": p_value, "p_value_holm": p_value}
 
 
 AFTER = {"deterministic": metrics(nll=0.34, accuracy=0.89), "bayesian": metrics()}
@@ -34,9 +35,10 @@ def test_better_on_one_metric_only() -> None:
     differences = {"nll": difference(-0.04, 0.01), "brier": difference(0, 0.01), "accuracy": difference(0.01, 0.02)}
     assert verdict(AFTER, differences) == (
         "After calibration, the Bayesian model is better on NLL (Bayesian 0.3000, deterministic 0.3400, difference "
-        "-0.0500 to -0.0300 at 95 %); no difference is established on Brier score (Bayesian 0.1500, deterministic "
-        "0.1500, difference -0.0100 to +0.0100 at 95 %) and accuracy (Bayesian 90.0%, deterministic 89.0%, difference "
-        "-1.0% to +3.0% at 95 %); this holds for this pair of trained models only."
+        "-0.0500 to -0.0300 at 95 %, p < 0.001); no difference is established on Brier score (Bayesian 0.1500, "
+        "deterministic 0.1500, difference -0.0100 to +0.0100 at 95 %, p = 0.300) and accuracy (Bayesian 90.0%, "
+        "deterministic 89.0%, difference -1.0% to +3.0% at 95 %, p = 0.300); p corrected for 3 comparisons by Holm's "
+        "method; this holds for this pair of trained models only."
     )
 
 
@@ -57,9 +59,28 @@ def test_nothing_beyond_the_interval() -> None:
 
 def test_infinite_nll_is_not_compared() -> None:
     differences = {name: difference(0.001, 0.01) for name in ("brier", "accuracy")}
-    differences["nll"] = {"difference": None, "ci95": [None, None]}
+    differences["nll"] = {"difference": None, "ci95": [None, None], "p_value": None, "p_value_holm": None}
     after = {"deterministic": metrics(nll=None), "bayesian": metrics()}
-    assert "; NLL cannot be compared as a test label was given probability 0; this holds" in verdict(after, differences)
+    assert "; NLL cannot be compared as a test label was given probability 0; p corrected for 2" in verdict(
+        after, differences
+    )
+
+
+def test_an_interval_that_excludes_0_is_not_enough() -> None:
+    """Four images against none: the bootstrap's interval excludes 0, the exact p-value is .125."""
+    clear = {name: difference(0.2, 0.1) for name in ("nll", "brier", "accuracy")}
+    clear["accuracy"] |= {"p_value_holm": 0.125}
+    sentence = verdict(AFTER, clear)
+    assert "no difference is established on accuracy (" in sentence
+    assert "p = 0.125" in sentence
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0.0502, "p > 0.050"), (0.0498, "p = 0.050"), (0.0004, "p < 0.001")])
+def test_a_p_value_reads_as_it_counts(value: float, shown: str) -> None:
+    found = {name: difference(0.2, 0.1) | {"p_value_holm": value} for name in ("nll", "brier", "accuracy")}
+    sentence = verdict(AFTER, found)
+    assert sentence.count(shown) == 3
+    assert ("is better on" in sentence) == (value <= 0.05)
 
 
 @pytest.mark.parametrize("few", ["deterministic", "bayesian"])

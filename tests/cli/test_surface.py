@@ -59,9 +59,10 @@ BINS = "low high count confidence accuracy"
 AT_SEVERITY = "severity accuracy nll ece"
 UNCERTAINTY = "mean mean_right mean_wrong auroc_error histogram{ edges right wrong }"
 SHOWN = "index name label predicted probability value"
+DIFFERENCE = "difference ci95 p_value p_value_holm"
 DETECTED = "auroc auroc_ci95 aupr_in aupr_out fpr95"
 TOLD = (
-    f"description num_images scores{{ max_probability{{ {DETECTED} }} entropy{{ {DETECTED} }} "
+    f"description num_images no_interval scores{{ max_probability{{ {DETECTED} }} entropy{{ {DETECTED} }} "
     f"mutual_information{{ {DETECTED} }} energy{{ {DETECTED} }} feature_density{{ {DETECTED} }} }}"
 )
 ENVIRONMENT = "versions devices platform machine threads cpus"
@@ -87,7 +88,7 @@ JSON_KEYS = {
             unfamiliar{ photographs{ TOLD } corrupted{ TOLD } }
             robustness{ num_images mean{ AT_SEVERITY } corruptions }
             training{ epoch loss nll kl } } }
-        differences{ nll{ difference ci95 } brier{ difference ci95 } accuracy{ difference ci95 } }
+        differences{ nll{ DIFFERENCE } brier{ DIFFERENCE } accuracy{ DIFFERENCE } }
         conformal{ CONFORMAL }""",
     "predict": """
         run model calibrated interval{ level kind samples widened } skipped{ path reason }

@@ -197,3 +197,9 @@ def test_wrong_specs_are_refused(digits: ImageData, spec: str, max_images: int, 
     with pytest.raises(ConfigError) as caught:
         load_unfamiliar(spec, digits, GREY, max_images=max_images, seed=seed)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["corrupted", "photographs", "digits"])
+def test_a_folder_called_like_another_set_keeps_a_name_of_its_own(digits: ImageData, tmp_path: Path, name: str) -> None:
+    write_images(tmp_path / name, 2)
+    assert load_unfamiliar(str(tmp_path / name), digits, GREY).name == f"folder:{name}"

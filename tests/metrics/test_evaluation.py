@@ -74,9 +74,10 @@ def test_paired_difference(name: str) -> None:
     low, high = found["ci95"]
     assert found["difference"] == pytest.approx(function(a, y) - function(b, y), abs=1e-12)
     assert low <= found["difference"] <= high
+    assert 0 < found["p_value"] <= 1
     mirrored = paired_difference(b, a, y, name)
     assert mirrored["ci95"] == pytest.approx([-high, -low], abs=1e-12)
-    assert paired_difference(a, a, y, name) == {"difference": 0.0, "ci95": [0.0, 0.0]}
+    assert paired_difference(a, a, y, name) == {"difference": 0.0, "ci95": [0.0, 0.0], "p_value": 1.0}
 
 
 def test_pairing_narrows_the_interval() -> None:
@@ -89,7 +90,7 @@ def test_pairing_narrows_the_interval() -> None:
 
 def test_paired_difference_of_infinite_nll_is_none() -> None:
     a, b = np.array([[1.0, 0.0], [0.5, 0.5]]), np.full((2, 2), 0.5)
-    assert paired_difference(a, b, [1, 0], "nll") == {"difference": None, "ci95": [None, None]}
+    assert paired_difference(a, b, [1, 0], "nll") == {"difference": None, "ci95": [None, None], "p_value": None}
     assert paired_difference(a, b, [1, 0], "brier")["difference"] == pytest.approx(0.75, abs=1e-12)
 
 

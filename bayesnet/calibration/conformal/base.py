@@ -16,6 +16,8 @@ from bayesnet.errors import CheckpointError, ConfigError
 from bayesnet.types import JsonObject
 
 BAND_LEVEL = 0.99
+SATURATED = "labels of the calibration split have a probability below 1e-16: every set holds all classes"
+"""The notice where 1 - p of the order statistic is rounded to 1, so that every class ties with it."""
 
 Array = NDArray[np.float64]
 
@@ -38,9 +40,9 @@ class ConformalThreshold:
 
     @property
     def notice(self) -> str | None:
-        """What the user must know: that the split is too small for alpha, so that every set holds all classes."""
+        """What the user must know: that every set holds all classes, and why."""
         if rank(self.num_calibration, self.alpha) <= self.num_calibration:
-            return None
+            return SATURATED if self.threshold == 1 and self.method == "lac" else None
         plural = "image is" if self.num_calibration == 1 else "images are"
         return (
             f"{self.num_calibration} calibration {plural} too few for alpha {self.alpha:g} "
