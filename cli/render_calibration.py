@@ -77,8 +77,11 @@ def _print_shift(record: JsonObject) -> None:
         for score in next(iter(models.values()))["unfamiliar"][each]["scores"]
     ]
     if rows:
-        table("unfamiliar images: AUROC against the test split, 95 % intervals", ["", *models], rows)
-        for name, found in next(iter(models.values()))["unfamiliar"].items():
+        described = next(iter(models.values()))["unfamiliar"]
+        with_interval = any(found["no_interval"] is None for found in described.values())
+        title = "unfamiliar images: AUROC against the test split" + (", 95 % intervals" if with_interval else "")
+        table(title, ["", *models], rows)
+        for name, found in described.items():
             if found["no_interval"]:
                 say(f"{name}: no interval, as {found['no_interval']}")
     tested = {name: model["robustness"] for name, model in models.items() if model["robustness"]}
