@@ -18,8 +18,11 @@ from bayesnet.convergence import ess_bulk, ess_mean, mcse_mean, rhat
 Array = NDArray[np.float64]
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it announces its next version once a day
-    import arviz
+    warnings.simplefilter("ignore")  # it announces its next version once a day, and notes the day in a file
+    try:
+        import arviz
+    except FileNotFoundError:  # another process moved that file away; it is written now
+        import arviz
 
 
 CHAINS = synthetic_chains()

@@ -118,6 +118,8 @@ class CorruptedExamples(Examples):
         name: A name of CORRUPTIONS.
         severity: 1 to 5.
         seed: At least 0.
+        positions_N: Places of the images in the data set that they were taken from, which fix what is random about
+            them; their places here by default.
 
     Raises:
         ConfigError: The name is unknown, or the severity or seed out of range.
@@ -129,18 +131,23 @@ class CorruptedExamples(Examples):
         'image 2, contrast 1'
     """
 
-    def __init__(self, examples: Examples, name: str, severity: int, seed: int) -> None:
+    def __init__(
+        self, examples: Examples, name: str, severity: int, seed: int, positions_N: Tensor | None = None
+    ) -> None:
         _ = CORRUPTIONS[name]  # so that a wrong name is known at once, and not at the first read
         require(severity in SEVERITIES, "must be from 1 to 5", where=f"severity = {severity}")
         require(seed >= 0, "must not be negative", where=f"seed = {seed}")
         self.labels_N = examples.labels_N
         self._examples = examples
         self._key = (name, severity, seed)
+        self._positions_N = torch.arange(len(examples)) if positions_N is None else positions_N
+        assert len(self._positions_N) == len(examples), (len(self._positions_N), len(examples))
 
     def read(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Return corrupted pixels (B, C, H, W), uint8: the same for an image whatever is read with it."""
         name, severity, seed = self._key
-        return corrupt(self._examples.read(indices), name, severity, seed, indices)
+        positions_B = self._positions_N[torch.as_tensor(indices, dtype=torch.int64)]
+        return corrupt(self._examples.read(indices), name, severity, seed, positions_B)
 
     @property
     def in_memory(self) -> bool:

@@ -56,6 +56,23 @@ def halves(labels_N: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.sort(order_N[0::2])), torch.from_numpy(np.sort(order_N[1::2]))
 
 
+def random_choice(num_examples: int, most: int, seed: int) -> Tensor:
+    """Return sorted indices of at most ``most`` examples, drawn by seed; of fewer, a part of those of more.
+
+    Args:
+        num_examples: How many there are.
+        most: How many to take at most.
+        seed: At least 0.
+
+    Example:
+        >>> random_choice(5, 2, seed=0).tolist(), random_choice(5, 3, seed=0).tolist(), random_choice(2, 9, 0).tolist()
+        ([2, 3], [1, 2, 3], [0, 1])
+    """
+    # NumPy promises the raw stream in every version, and not how it is made into permutations.
+    order_N = np.argsort(np.random.PCG64(seed).random_raw(num_examples), kind="stable")
+    return torch.from_numpy(np.sort(order_N[:most]))
+
+
 def check_every_class(splits: Sequence[Tensor], labels_N: Tensor, classes: Sequence[str], config_key: str) -> None:
     """Raise unless each class has an example in each split.
 

@@ -22,6 +22,7 @@ from bayesnet.data.examples import ArrayExamples, Examples, FileExamples
 from bayesnet.data.finding import image_paths, stat_file
 from bayesnet.data.images import scaled_pixels
 from bayesnet.data.preprocessing import Preprocessing
+from bayesnet.data.splits import random_choice
 from bayesnet.errors import DataError, printable
 from bayesnet.registry import unknown_name
 
@@ -98,7 +99,7 @@ def _registered(name: str, data: ImageData, preprocessing: Preprocessing, max_im
     other = DATASETS[name].load(DataConfig(spec=name), "", None)
     if other.fingerprint == data.fingerprint:
         raise _is_training_data(name)
-    chosen_M = _choice(len(other.test), max_images, seed)
+    chosen_M = random_choice(len(other.test), max_images, seed)
     images = [scaled_pixels(image_CHW, preprocessing) for image_CHW in other.test.read(chosen_M)]
     description = f"{len(images)} test images of {DATASETS[name].description}"
     return UnfamiliarSet(name, description, unfamiliar_examples(torch.stack(images), f"{name} image"))
@@ -112,7 +113,7 @@ def _folder(path: str, data: ImageData, preprocessing: Preprocessing, max_images
         raise DataError("cannot find the home folder", where=path) from error
     paths = image_paths([root])
     _check_is_no_training_folder(root, paths, data)
-    chosen = [paths[index] for index in _choice(len(paths), max_images, seed).tolist()]
+    chosen = [paths[index] for index in random_choice(len(paths), max_images, seed).tolist()]
     labels_M = torch.full((len(chosen),), NO_CLASS, dtype=torch.int64)
     examples = FileExamples(chosen, labels_M, preprocessing, _CACHE_BYTES)
     description = f"{len(chosen)} of {len(paths)} images below {root}"
@@ -176,12 +177,6 @@ def unfamiliar_examples(images_NCHW: Tensor, prefix: str) -> ArrayExamples:
     """
     labels_N = torch.full((len(images_NCHW),), NO_CLASS, dtype=torch.int64)
     return ArrayExamples(images_NCHW, labels_N, prefix=prefix)
-
-
-def _choice(count: int, max_images: int, seed: int) -> Tensor:
-    """Return sorted indices of at most ``max_images`` of ``count``, drawn by seed."""
-    order_N = np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
-    return torch.from_numpy(np.sort(order_N[:max_images]))
 
 
 def _uniform(num: int, columns: int, seed: int) -> NDArray[np.float64]:

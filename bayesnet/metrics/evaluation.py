@@ -12,11 +12,13 @@ from numpy.typing import ArrayLike
 from bayesnet.metrics.calibration_errors import brier_decomposition, ece_classwise, ece_debiased
 from bayesnet.metrics.checks import Array, Labels, checked
 from bayesnet.metrics.counted import Scores, brier_each, correct_each, nll_each, value
+from bayesnet.metrics.detection import auroc_interval
 from bayesnet.metrics.resampling import (
     bootstrap_counts,
     bootstrap_values,
     calibration_interval,
     central,
+    mean_intervals,
     null_values,
     wilson_interval,
 )
@@ -30,6 +32,7 @@ from bayesnet.types import JsonObject
 COVERAGES = (0.5, 0.8, 0.9, 0.95)
 RISKS = (0.01, 0.02, 0.05, 0.1)
 _CALIBRATION_ERRORS = ("ece", "ace", "mce")
+_OWN_INTERVAL = {"accuracy", "auroc_error", "nll", "brier"}
 
 
 class Metric(NamedTuple):
@@ -66,8 +69,9 @@ def evaluate(
 ) -> JsonObject:
     """Return all metrics with their uncertainty, ready for JSON: a value that is not finite is None.
 
-    The intervals are Wilson's for accuracy, `calibration_interval` for ece, ace and mce, and the percentile bootstrap
-    over examples for the others of METRICS. Resamples where a metric is NaN are left out of its interval.
+    The intervals are Wilson's for accuracy, `auroc_interval` for auroc_error, `mean_intervals` for nll and brier,
+    `calibration_interval` for ece, ace and mce, and the percentile bootstrap over examples for aurc. Resamples where a
+    metric is NaN are left out of its interval.
 
     Args:
         probabilities: (N, K), rows sum to 1.
@@ -91,6 +95,8 @@ def evaluate(
     null = null_values(scores, _CALIBRATION_ERRORS, num_resamples, seed)
     intervals = _intervals(scores, values, null, num_resamples, seed, level)
     intervals["accuracy"] = wilson_interval(num_correct, num_examples, level=level)
+    intervals["auroc_error"] = _auroc_error_interval(scores, level)
+    intervals |= mean_intervals({"nll": scores.nll_N, "brier": scores.brier_N}, level, num_resamples, seed)
     percent = f"{100 * level:g}"
     return {
         **{name: _json(number) for name, number in values.items()},
@@ -153,14 +159,20 @@ _PER_EXAMPLE: Registry[Callable[[Array, Labels], Array]] = Registry(
 def _intervals(
     scores: Scores, values: dict[str, float], null: dict[str, Array], num_resamples: int, seed: int, level: float
 ) -> dict[str, tuple[float, float]]:
-    """Return the bootstrap interval of each metric."""
-    drawn = bootstrap_values(scores, values, num_resamples, seed)
+    """Return the bootstrap intervals of the metrics that have none of their own."""
+    drawn = bootstrap_values(scores, values.keys() - _OWN_INTERVAL, num_resamples, seed)
     return {
         name: calibration_interval(values[name], values_R, null[name], level)
         if name in _CALIBRATION_ERRORS
         else central(values_R, level)
         for name, values_R in drawn.items()
     }
+
+
+def _auroc_error_interval(scores: Scores, level: float) -> tuple[float, float]:
+    """Return the interval of the chance that a mistake was less confident than a right answer."""
+    wrong_N = scores.correct_N == 0
+    return auroc_interval(-scores.confidence_N[wrong_N], -scores.confidence_N[~wrong_N], level=level)
 
 
 def _without_intervals(probabilities: ArrayLike, labels: ArrayLike, scores: Scores) -> JsonObject:

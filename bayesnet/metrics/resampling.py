@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
@@ -55,6 +55,59 @@ def central(values_R: Array, level: float) -> tuple[float, float]:
         return math.nan, math.nan
     tail = (1 - level) / 2 * (len(values) - 1)
     return float(values[math.floor(tail)]), float(values[math.ceil(len(values) - 1 - tail)])
+
+
+def mean_intervals(
+    values: Mapping[str, Array], level: float, num_resamples: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Return intervals for means of non-negative values of the same examples, by the bootstrap-t on the log scale.
+
+    Each resample's mean is taken in units of its own standard error, which few large values make as uncertain as the
+    mean: percentiles of the means themselves, which leave that out, are too narrow where a model makes few errors. In
+    simulations (1,000 sets of 400 examples with 24 to 154 errors) 95 % intervals of NLL and Brier score covered the
+    truth in 93 to 96 % of the sets, percentiles in 92 to 94 %.
+
+    Args:
+        values: (N,) by name, at least 0.
+        level: Level of the intervals.
+        num_resamples: Number of bootstrap resamples.
+        seed: Of these.
+
+    Returns:
+        Both ends by name; they are the mean where all values are equal, and NaN where one is infinite.
+
+    Reference: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 12.
+    """
+    finite = {name: each_N for name, each_N in values.items() if np.isfinite(each_N).all()}
+    units: dict[str, list[Array]] = {name: [] for name in finite}
+    for counts_RN in bootstrap_counts(len(next(iter(values.values()))), num_resamples, seed):
+        for name, each_N in finite.items():
+            units[name].append(_log_units(each_N, counts_RN))
+    return {
+        name: _bootstrap_t(each_N, np.concatenate(units[name]), level) if name in finite else (math.nan, math.nan)
+        for name, each_N in values.items()
+    }
+
+
+def _log_units(values_N: Array, counts_RN: Array) -> Array:
+    """Return the log of each resample's mean over that of all, in its own standard errors; NaN where it has none."""
+    mean_R = counts_RN @ values_N / len(values_N)
+    variance_R = np.maximum(counts_RN @ np.square(values_N) / len(values_N) - np.square(mean_R), 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error_R = np.sqrt(variance_R / len(values_N)) / mean_R
+        units_R: Array = np.log(mean_R / values_N.mean()) / error_R
+    return np.where(np.isfinite(units_R), units_R, np.nan)
+
+
+def _bootstrap_t(values_N: Array, units_R: Array, level: float) -> tuple[float, float]:
+    """Return the interval that the units of the resamples give."""
+    mean = float(values_N.mean())
+    low, high = central(units_R, level)
+    if mean == 0 or math.isnan(low):
+        return mean, mean
+    error = float(values_N.std()) / math.sqrt(len(values_N)) / mean
+    # The ends hold the mean between them, which few resamples can fail to do.
+    return min(mean * math.exp(-high * error), mean), max(mean * math.exp(-low * error), mean)
 
 
 def wilson_interval(num_successes: int, num_trials: int, *, level: float = 0.95) -> tuple[float, float]:

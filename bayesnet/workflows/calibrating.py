@@ -34,7 +34,7 @@ from bayesnet.report import calibration_report
 from bayesnet.rundir import RunDirectory, find_run
 from bayesnet.types import JsonObject
 from bayesnet.workflows.answering import Answering, Answers, answer
-from bayesnet.workflows.robustness import robustness_records, some_images
+from bayesnet.workflows.robustness import SomeImages, robustness_records
 from bayesnet.workflows.trained import (
     NO_USER_CODE,
     TrainedModel,
@@ -294,7 +294,7 @@ def _beyond_the_test_split(
     unfamiliar: dict[str, JsonObject] = {name: {} for name in models}
     sets = [] if shift.unfamiliar is None else [shift.unfamiliar]
     if shift.num_corrupted:
-        images = some_images(data.test, shift.num_corrupted)
+        images = SomeImages.of(data.test, shift.num_corrupted)
         robustness = robustness_records(models, images)
         if sets:
             sets.append(corrupted_set(images))

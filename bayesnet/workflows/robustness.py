@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bayesnet import metrics
 from bayesnet.data import ArrayExamples, Examples
 from bayesnet.data.corruptions import CORRUPTIONS, SEVERITIES, CorruptedExamples
+from bayesnet.data.splits import random_choice
 from bayesnet.types import JsonObject
 from bayesnet.workflows.answering import Answering, mean_probabilities
 
@@ -18,14 +20,25 @@ MEASURED = ("accuracy", "nll", "ece")
 SEED = 0
 
 
-def some_images(examples: Examples, max_images: int, seed: int = SEED) -> ArrayExamples:
-    """Return at most so many of the images, chosen by the seed, in order and in memory."""
-    order_N = np.random.default_rng(seed).permutation(len(examples))[:max_images]
-    indices_N = torch.from_numpy(np.sort(order_N))
-    return ArrayExamples(examples.read(indices_N), examples.labels_N[indices_N])
+class SomeImages(NamedTuple):
+    """Some images of a split, in order and in memory.
+
+    Attributes:
+        examples: The images with their labels.
+        positions_N: Their places in the split, so that a corruption of one does not depend on how many were chosen.
+    """
+
+    examples: ArrayExamples
+    positions_N: Tensor
+
+    @classmethod
+    def of(cls, examples: Examples, max_images: int, seed: int = SEED) -> SomeImages:
+        """Return at most so many of the images, chosen by the seed."""
+        indices_N = random_choice(len(examples), max_images, seed)
+        return cls(ArrayExamples(examples.read(indices_N), examples.labels_N[indices_N]), indices_N)
 
 
-def robustness_records(models: Mapping[str, Answering], images: ArrayExamples) -> dict[str, JsonObject]:
+def robustness_records(models: Mapping[str, Answering], images: SomeImages) -> dict[str, JsonObject]:
     """Return accuracy, NLL and ECE of each model under each corruption and severity.
 
     Every model sees the same images. An NLL that is infinite is None.
@@ -38,8 +51,9 @@ def robustness_records(models: Mapping[str, Answering], images: ArrayExamples) -
         For each model ``num_images``, ``corruptions`` (name to one entry per severity) and ``mean`` over the
         corruptions (severity 0: the clean images).
     """
-    labels_N = images.labels_N.numpy()
-    large = {name: model.predictor.in_large_chunks(len(images)) for name, model in models.items()}
+    clean_images, positions_N = images
+    labels_N = clean_images.labels_N.numpy()
+    large = {name: model.predictor.in_large_chunks(len(clean_images)) for name, model in models.items()}
     models = {name: Answering(large[name], model.calibrator) for name, model in models.items()}
 
     def measured(examples: Examples) -> dict[str, JsonObject]:
@@ -47,11 +61,11 @@ def robustness_records(models: Mapping[str, Answering], images: ArrayExamples) -
         return {name: _measure(p_NK, labels_N) for name, p_NK in probabilities.items()}
 
     found = {
-        (corruption, severity): measured(CorruptedExamples(images, corruption, severity, SEED))
+        (corruption, severity): measured(CorruptedExamples(clean_images, corruption, severity, SEED, positions_N))
         for corruption in CORRUPTIONS
         for severity in SEVERITIES
     }
-    clean = measured(images)
+    clean = measured(clean_images)
     records: dict[str, JsonObject] = {}
     for name in models:
         by_corruption = {

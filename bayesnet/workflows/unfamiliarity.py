@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesnet.data import ArrayExamples, Examples, ImageData, Preprocessing
+from bayesnet.data import Examples, ImageData, Preprocessing
 from bayesnet.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from bayesnet.data.unfamiliar import CORRUPTED, UnfamiliarSet, load_unfamiliar, unfamiliar_examples
 from bayesnet.ood import FeatureDensity, image_scores, unfamiliarity
 from bayesnet.types import JsonObject
 from bayesnet.workflows.answering import Answering, Answers, Array, answer
+from bayesnet.workflows.robustness import SomeImages
 
 MAX_TRAINING_IMAGES = 5000
 """Training images that the feature density is fitted on, spread evenly over the split."""
@@ -38,7 +39,7 @@ def read_unfamiliar(spec: str, data: ImageData, preprocessing: Preprocessing) ->
     return found
 
 
-def corrupted_set(images: ArrayExamples) -> UnfamiliarSet:
+def corrupted_set(images: SomeImages) -> UnfamiliarSet:
     """Return test images that are hardly the ones they were: each under one corruption at the highest severity in turn.
 
     They show known classes, and some of the images that they are set beside: a model that is as sure of them as before
@@ -99,11 +100,11 @@ def _scores(answers: Answers, density: FeatureDensity | None) -> dict[str, Array
     return {name: values for name, values in scores.items() if name not in empty}
 
 
-def _each_corrupted(images: ArrayExamples) -> Tensor:
+def _each_corrupted(images: SomeImages) -> Tensor:
     """Return every image under one corruption at the highest severity, uint8 (N, C, H, W)."""
     names = list(CORRUPTIONS)
     parts = [
-        corrupt(images.read([index]), names[index % len(names)], SEVERITIES[-1], 0, [index])
-        for index in range(len(images))
+        corrupt(images.examples.read([index]), names[position % len(names)], SEVERITIES[-1], 0, [position])
+        for index, position in enumerate(images.positions_N.tolist())
     ]
     return torch.cat(parts)

@@ -14,6 +14,7 @@ from bayesnet.data import ArrayExamples
 from bayesnet.data.corruption_tools import Draws, convolve, disk_kernel, fractal_noise, interpolation, line_kernel
 from bayesnet.data.corruptions import CORRUPTIONS, SEVERITIES, CorruptedExamples, corrupt
 from bayesnet.errors import ConfigError, DataError
+from bayesnet.workflows.robustness import SomeImages
 from tests.data.photographs import photograph_crops
 
 NAMES = (
@@ -41,12 +42,32 @@ def test_the_table_holds_the_fifteen_kinds() -> None:
     assert tuple(CORRUPTIONS) == NAMES
 
 
-@pytest.mark.parametrize(("side", "channels", "num"), [(8, 1, 60), (32, 3, 40), (64, 3, 20)])
+@pytest.mark.parametrize(("side", "channels", "num"), [(8, 1, 60), (28, 3, 40), (32, 3, 40), (64, 3, 20), (96, 3, 8)])
 @pytest.mark.parametrize("name", NAMES)
 def test_severity_takes_photographs_further_from_the_clean_ones(name: str, side: int, channels: int, num: int) -> None:
     found = distances(photograph_crops(num, side, channels), name)
     assert found[0] > 0.4
     assert all(low < high for low, high in itertools.pairwise(found)), found
+
+
+@pytest.mark.parametrize("side", [16, 48, 84, 112, 160])
+def test_glass_gets_worse_at_every_size(side: int) -> None:
+    """Its blur hides what its displacement does, and both grow with the size."""
+    found = distances(photograph_crops(6, side), "glass_blur")
+    assert all(low < high for low, high in itertools.pairwise(found)), found
+
+
+def test_a_corruption_of_an_image_does_not_depend_on_how_many_were_chosen() -> None:
+    split = ArrayExamples(noise_images(30, 1, 8, 8), torch.arange(30))
+    few, many = (SomeImages.of(split, most) for most in (5, 20))
+    assert set(few.positions_N.tolist()) < set(many.positions_N.tolist())
+    (few_x, positions_F), (many_x, positions_M) = (
+        (CorruptedExamples(each.examples, "snow", 5, 0, each.positions_N).read(range(len(each.examples))), each[1])
+        for each in (few, many)
+    )
+    places = [positions_M.tolist().index(position) for position in positions_F.tolist()]
+    assert torch.equal(many_x[places], few_x)
+    assert torch.equal(few_x, CorruptedExamples(split, "snow", 5, 0).read(positions_F))
 
 
 def test_severity_is_ordered_at_the_size_of_imagenet() -> None:
