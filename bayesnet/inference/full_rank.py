@@ -36,6 +36,7 @@ from bayesnet.inference.gaussian_weight import (
     with_ones,
 )
 from bayesnet.inference.mean_field import MeanField
+from bayesnet.inference.products import product
 from bayesnet.types import LogitGaussian
 
 MAX_CLASSES = 100
@@ -90,8 +91,10 @@ class FullRankWeight(GaussianWeight):
         """Return the Gaussian of the logits: no independent part, a Cholesky factor (B, K, K) per image."""
         num_classes, num_columns = self.event_shape
         columns_BD = with_ones(features_BD)
-        mean_BK = columns_BD @ self.loc.T
-        spread_BKn = (columns_BD @ self.factor_nn.view(num_columns, -1)).view(-1, num_classes, len(self.factor_nn))
+        mean_BK = product(columns_BD, self.loc.T)
+        spread_BKn = product(columns_BD, self.factor_nn.view(num_columns, -1)).view(
+            -1, num_classes, len(self.factor_nn)
+        )
         covariance_BKK = torch.bmm(spread_BKn, spread_BKn.mT)
         jitter = JITTER * torch.finfo(covariance_BKK.dtype).eps
         raised_BKK = covariance_BKK + jitter * torch.diag_embed(covariance_BKK.diagonal(dim1=1, dim2=2))

@@ -42,6 +42,7 @@ from bayesnet.inference.base import Batches, Family, FinalizeCost, GaussianHeadP
 from bayesnet.inference.laplace_evidence import PriorFit, best_precision, log_evidence, num_effective
 from bayesnet.inference.laplace_predictive import PREDICTIVES, in_float64
 from bayesnet.inference.laplace_structures import STRUCTURES, Cost, Covariance, StructureName, cost, require_fits
+from bayesnet.inference.products import product
 from bayesnet.model import linear_logits
 from bayesnet.types import JsonObject, LogitGaussian, Loss
 
@@ -96,7 +97,7 @@ class LaplaceHead(nn.Module):
     def logit_moments(self, features_BD: Tensor) -> LogitGaussian:
         """Return the exact Gaussian of the logits; its factor has rank 0 ("diagonal") or K."""
         columns_BD = nn.functional.pad(features_BD, (0, 1), value=1.0)
-        return LogitGaussian(columns_BD @ self.loc.T, *self.covariance.spread(columns_BD))
+        return LogitGaussian(product(columns_BD, self.loc.T), *self.covariance.spread(columns_BD))
 
     def sample(self, num_samples: int) -> Tensor:
         """Return joint draws (S, K, D + 1) from torch's random state."""

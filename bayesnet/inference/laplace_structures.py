@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesnet.config import require
+from bayesnet.inference.products import product
 
 StructureName = Literal["diagonal", "kronecker", "full"]
 """The names in STRUCTURES."""
@@ -131,7 +132,7 @@ class Diagonal(Covariance):
 
     def spread(self, columns_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits' standard deviations; there is no factor."""
-        scale_BK = (columns_BD.square() @ self.get_buffer("scale_KD").square().T).sqrt()
+        scale_BK = product(columns_BD.square(), self.get_buffer("scale_KD").square().T).sqrt()
         return scale_BK, scale_BK.new_empty((*scale_BK.shape, 0))
 
     def sample(self, num_samples: int) -> Tensor:
@@ -177,8 +178,8 @@ class Kronecker(Covariance):
 
     def spread(self, columns_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the class basis times the standard deviation along each of its columns as the factor."""
-        projected_BD = columns_BD @ self.get_buffer("feature_basis_DD")
-        scale_BK = (projected_BD.square() @ self.get_buffer("scale_KD").square().T).sqrt()
+        projected_BD = product(columns_BD, self.get_buffer("feature_basis_DD"))
+        scale_BK = product(projected_BD.square(), self.get_buffer("scale_KD").square().T).sqrt()
         return torch.zeros_like(scale_BK), self.get_buffer("class_basis_KK") * scale_BK.unsqueeze(1)
 
     def sample(self, num_samples: int) -> Tensor:
@@ -231,7 +232,8 @@ class Full(Covariance):
         The products of the root are rounded, their square is not: it is formed in float64 where there is one, so that
         it is positive definite. What is added to its diagonal only covers rounding, and no error is ever asked for.
         """
-        projected_BKM = torch.einsum("bd,kdm->bkm", columns_BD, self.get_buffer("root_KDM"))
+        root_KDM = self.get_buffer("root_KDM")
+        projected_BKM = product(columns_BD, root_KDM.transpose(0, 1).flatten(1)).unflatten(1, (self.num_classes, -1))
         exact_BKM = projected_BKM if projected_BKM.device.type == "mps" else projected_BKM.double()
         covariance_BKK = exact_BKM @ exact_BKM.mT
         diagonal_BK = covariance_BKK.diagonal(dim1=1, dim2=2)

@@ -32,6 +32,7 @@ from bayesnet.inference.gaussian_weight import (
     require_fits,
     with_ones,
 )
+from bayesnet.inference.products import product
 from bayesnet.types import LogitGaussian
 
 INITIAL_LENGTH = 0.5
@@ -94,8 +95,8 @@ class LowRankWeight(GaussianWeight):
         columns_BD = with_ones(features_BD)
         # The means and all directions of all classes in one product: (B, D + 1) x (D + 1, K (1 + R)).
         shared_KDR = torch.cat([self.loc.unsqueeze(-1), self.own_scale.unsqueeze(-1) * self.ratio], -1)
-        shared_BKR = (columns_BD @ shared_KDR.transpose(0, 1).flatten(1)).unflatten(1, (len(self.loc), -1))
-        variance_BK = columns_BD.square() @ self.own_scale.square().T
+        shared_BKR = product(columns_BD, shared_KDR.transpose(0, 1).flatten(1)).unflatten(1, (len(self.loc), -1))
+        variance_BK = product(columns_BD.square(), self.own_scale.square().T)
         return LogitGaussian(shared_BKR[..., 0], variance_BK.sqrt(), shared_BKR[..., 1:])
 
 

@@ -35,6 +35,7 @@ from bayesnet.inference.gaussian_weight import (
     require_fits,
     with_ones,
 )
+from bayesnet.inference.products import product
 from bayesnet.types import LogitGaussian, Loss
 
 
@@ -87,7 +88,7 @@ class MatrixNormalWeight(GaussianWeight):
     def mean_and_spread(self, features_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits' means (B, K), and sqrt([f; 1]^T V [f; 1]) (B,)."""
         columns_BD = with_ones(features_BD)
-        return columns_BD @ self.loc.T, torch.linalg.vector_norm(columns_BD @ self.column_factor, dim=1)
+        return product(columns_BD, self.loc.T), torch.linalg.vector_norm(product(columns_BD, self.column_factor), dim=1)
 
 
 class MatrixNormalGuide(WeightGuide):

@@ -36,6 +36,7 @@ from bayesnet.config import require
 from bayesnet.inference.base import Family, GaussianHeadPosterior, Parts, Posterior, no_finalize
 from bayesnet.inference.learned_prior import GaussianConfig, learned_prior
 from bayesnet.inference.mean_field import MeanFieldGuide
+from bayesnet.inference.products import product
 from bayesnet.model import WEIGHT
 from bayesnet.types import LogitGaussian, Loss
 
@@ -95,7 +96,7 @@ class DenseGuide(PyroModule):
     def logit_moments(self, features_BD: Tensor) -> LogitGaussian:
         """Return mean and standard deviation (B, K) of the logits; the factor has rank 0."""
         augmented_BD = torch.cat([features_BD, features_BD.new_ones(len(features_BD), 1)], 1)
-        mean_BK = augmented_BD @ self.loc.T
+        mean_BK = product(augmented_BD, self.loc.T)
         scale_BK = torch.linalg.vector_norm(augmented_BD @ self.cholesky(), dim=-1).T
         return LogitGaussian(mean_BK, scale_BK, mean_BK.new_empty((*mean_BK.shape, 0)))
 
