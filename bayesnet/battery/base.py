@@ -51,8 +51,11 @@ FAMILY_COLUMNS = {
     "sd_ratio": "median sd of a weight over that of long NUTS chains, 3 classes",
     "elbo_gap": "log evidence less ELBO in nats, logistic head of two parameters",
     "sbc_z_sd": "sd of the z-scores of simulation-based calibration; 1 is calibrated",
-    "coverage80": "coverage of 80 % intervals under the model",
-    "coverage95": "coverage of 95 % intervals under the model",
+    "coverage80": "coverage of 80 % intervals of weights under the model",
+    "coverage95": "coverage of 95 % intervals of weights under the model",
+    "interval80": "coverage of the 80 % intervals of class probabilities that `predict` gives, under the model",
+    "interval90": "the same at 90 %",
+    "interval95": "the same at 95 %",
 }
 """Columns of the table of families, with their meaning."""
 

@@ -91,10 +91,9 @@ def test_coverage_of_dependent_weights() -> None:
     rng = np.random.default_rng(0)
     together_R: simulated_ranks.Array = (rng.random(4000) < 0.8).astype(np.float64)
     apart_R: simulated_ranks.Array = (rng.random((4000, 9)) < 0.8).mean(1).astype(np.float64)
-    y_R = np.zeros(4000, np.int64)
     for share_R, expected in ((together_R, 1), (apart_R, 9)):
-        found = softmax_calibration.Calibration(share_R, {0.8: share_R}, share_R[:, None], y_R)
-        assert found.effective_trials(0.8) / 4000 == pytest.approx(expected, rel=0.1)
+        found = softmax_calibration.Calibration.effective_trials(share_R)
+        assert found / 4000 == pytest.approx(expected, rel=0.1)
 
 
 def test_gate_power() -> None:
@@ -102,13 +101,14 @@ def test_gate_power() -> None:
 
     Squares vary between data sets as those of full_rank: their mean has a relative standard error of 1.8 %.
     """
-    rng, frozen = np.random.default_rng(0), softmax_calibration.Frozen(1.0, 0.8, 0.95, 0.0)
+    rng, frozen = np.random.default_rng(0), softmax_calibration.Frozen(1.0, 0.8, 0.95, 0.0, 0.8, 0.9, 0.95)
     caught = []
     for _ in range(400):
         squares_R = 1.05**2 * rng.gamma(3.0, 1 / 3, softmax_calibration.NUM_SETS)
         shares = {level: rng.binomial(9, level, len(squares_R)) / 9 for level in softmax_calibration.LEVELS}
         probability_RK, y_R = np.full((len(squares_R), 2), [0.4, 0.6]), rng.integers(0, 2, len(squares_R))
-        found = softmax_calibration.Calibration(squares_R, shares, probability_RK, y_R)
+        held = {level: rng.binomial(3, level, len(squares_R)) / 3 for level in softmax_calibration.INTERVAL_LEVELS}
+        found = softmax_calibration.Calibration(squares_R, shares, held, probability_RK, y_R)
         caught.append(found.distances(frozen)["sd of z"] > softmax_calibration.GATE)
     assert np.mean(caught) > 0.97
 
