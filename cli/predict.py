@@ -33,6 +33,8 @@ RECORDED = (
     "form",
     "shown",
     "strict",
+    "grid",
+    "html",
     "null",
     "spreadsheet_safe",
     "as_json",
@@ -52,6 +54,8 @@ RECORDED = (
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the lines to a new .csv or .jsonl.")
 @click.option("--continue", "go_on", is_flag=True, help="Go on with the --out FILE of an interrupted predict.")
 @click.option("--strict", is_flag=True, help="Exit with 3 if any file could not be read.")
+@click.option("--grid", type=click.Path(path_type=Path), metavar="FILE", help="Draw the images to a new .png.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a new .html page of them.")
 @click.option("--null", is_flag=True, help="PATH -: names on standard input end in a null character, not a line.")
 @click.option("--spreadsheet-safe", is_flag=True, help="CSV: an apostrophe before texts that look like formulas.")
 @devices_option
@@ -69,6 +73,8 @@ def predict(
     out: Path | None,
     go_on: bool,
     strict: bool,
+    grid: Path | None,
+    html: Path | None,
     null: bool,
     spreadsheet_safe: bool,
     devices: str,
@@ -87,6 +93,10 @@ def predict(
     form = _format(context, form, out)
     from bayesnet import workflows
 
+    for drawn, suffix in ((grid, ".png"), (html, ".html")):
+        if drawn is not None:
+            workflows.check_new(drawn, suffix)
+
     from .progress import FileProgress
     from .render import print_json, print_predictions, say_what_intervals_are
 
@@ -99,6 +109,7 @@ def predict(
         record = workflows.predict_images(images, classifier, classes=shown or "all", strict=strict)
         for entry in record["skipped"]:
             click.echo(f"skipped {printable(entry['reason'])}", err=True)
+        _draw(record, classifier, grid, html)
         if as_json:
             print_json(record)
         else:
@@ -121,6 +132,16 @@ def predict(
             progress=progress,
         )
     _say_done(summary)
+
+
+def _draw(record: JsonObject, classifier: ImageClassifier, grid: Path | None, html: Path | None) -> None:
+    """Write the pictures that are asked for, and say how many of the images they show."""
+    from bayesnet import workflows
+
+    for out, write in ((grid, workflows.write_grid), (html, workflows.write_page)):
+        if out is not None:
+            shown = write(record, classifier, out)
+            click.echo(f"{printable(str(out))}: {shown} of {len(record['predictions'])} images", err=True)
 
 
 def _continue(context: click.Context, out: Path | None, devices: str) -> None:
@@ -171,6 +192,8 @@ def _format(context: click.Context, form: str | None, out: Path | None) -> str |
         form = SUFFIX_FORMATS.get(out.suffix.lower())
         if form is None:
             raise click.UsageError(f"give --format, or end --out in {' or '.join(SUFFIX_FORMATS)}", ctx=context)
+    if form and (context.params["grid"] or context.params["html"]):
+        raise click.UsageError("--grid and --html go with the table or --json, not with --format or --out", ctx=context)
     if context.params["spreadsheet_safe"] and form != "csv":
         raise click.UsageError("--spreadsheet-safe is for --format csv", ctx=context)
     return form

@@ -163,6 +163,13 @@ def scaled_pixels(image_CHW: Tensor, preprocessing: Preprocessing) -> Tensor:
     return pillow_pixels(_to_pillow(image_CHW), preprocessing, preprocessing.channels)
 
 
+def png_file(image_CHW: Tensor) -> bytes:
+    """Return an image, uint8 (C, H, W) with 1 or 3 channels, as the bytes of a PNG file."""
+    with io.BytesIO() as file:
+        _to_pillow(image_CHW).save(file, format="PNG")
+        return file.getvalue()
+
+
 def jpeg_pixels(image_CHW: Tensor, quality: int) -> Tensor:
     """Return what is left of an image, uint8 (C, H, W), after it was stored as a JPEG file.
 

@@ -39,7 +39,7 @@ def image_grid(images: NDArray[np.uint8], captions: Sequence[Sequence[str]], *, 
         row, column = divmod(index, columns)
         left, top = _GAP + column * (_CELL + _GAP), height - row * row_height - _GAP
         box = (left / width, (top - _CELL) / height, _CELL / width, _CELL / height)
-        _draw_image(figure, image_CHW, box)
+        draw_image(figure, image_CHW, box)
         for number, line in enumerate(lines):
             y = (top - _CELL - 0.04 - number * _LINE) / height
             text = figure.text(left / width, y, drawable(line, _CAPTION_LENGTH), va="top", color=INK)
@@ -47,8 +47,14 @@ def image_grid(images: NDArray[np.uint8], captions: Sequence[Sequence[str]], *, 
     return png_bytes(figure)
 
 
-def _draw_image(figure: Figure, image_CHW: NDArray[np.uint8], box: tuple[float, float, float, float]) -> None:
-    """Draw one image, its pixels sharp where they are few."""
+def draw_image(figure: Figure, image_CHW: NDArray[np.uint8], box: tuple[float, float, float, float]) -> None:
+    """Draw one image, its pixels sharp where they are few.
+
+    Args:
+        figure: Where.
+        image_CHW: uint8, 1 or 3 channels.
+        box: Left, bottom, width and height, as shares of the figure.
+    """
     axes = figure.add_axes(box)
     image_HWC = np.repeat(image_CHW, 3, 0).transpose(1, 2, 0) if len(image_CHW) == 1 else image_CHW.transpose(1, 2, 0)
     axes.imshow(image_HWC, interpolation="nearest" if max(image_HWC.shape) <= 64 else "antialiased")

@@ -117,6 +117,17 @@ def figure(png: bytes | None, caption: str, kind: str = "") -> str:
     )
 
 
+def thumbnail(png: bytes, words: str) -> str:
+    """Return a small image that travels inside the page, its pixels sharp.
+
+    Args:
+        png: The bytes of a PNG file.
+        words: Its alternative, of any origin.
+    """
+    data = base64.b64encode(png).decode("ascii")
+    return f'<img class=thumbnail src="data:image/png;base64,{data}" alt="{text(words)}">'
+
+
 def page(title: str, parts: Iterable[str]) -> str:
     """Return the whole document."""
     return _PAGE.format(title=text(title), style=_STYLE, body="\n".join(part for part in parts if part))
@@ -163,6 +174,7 @@ thead tr:only-child th:first-child { text-align: left; }
 .grid { display: flex; flex-direction: column-reverse; }
 .grid img { max-width: 100%; margin: 0; }
 .grid figcaption { margin: 0 0 .5rem; text-align: left; color: var(--ink); }
+.thumbnail { width: 5rem; max-width: none; image-rendering: pixelated; margin: 0; }
 .wide img { max-width: min(100%, 56rem); }
 @media (max-width: 40rem) { .beside { grid-template-columns: 1fr; }
   dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }

@@ -11,6 +11,7 @@ from bayesnet.workflows.fitting import TrainListener
 from bayesnet.workflows.listing import list_backbones, list_datasets, list_families
 from bayesnet.workflows.predicting import ImageClassifier, check_any_read, predict, predict_images
 from bayesnet.workflows.prediction_file import continue_predictions, predict_to_file
+from bayesnet.workflows.prediction_pages import check_new, write_grid, write_page
 from bayesnet.workflows.prediction_rows import row_format
 from bayesnet.workflows.selftesting import SelftestListener, selftest
 from bayesnet.workflows.training_run import train
@@ -23,6 +24,7 @@ __all__ = [
     "calibrate",
     "check_any_read",
     "check_data",
+    "check_new",
     "compare",
     "continue_predictions",
     "doctor",
@@ -35,4 +37,6 @@ __all__ = [
     "row_format",
     "selftest",
     "train",
+    "write_grid",
+    "write_page",
 ]

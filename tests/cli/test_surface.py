@@ -25,8 +25,8 @@ SURFACE = {
     "train": "--bayesian --data --family --backbone --weights --freeze --mode --epochs --seed --devices --workers "
     "--config --set --out --resume --profile --json",
     "calibrate": "[RUN] --alpha --calibrator --sets --max-risk --ood --corrupt --devices --json",
-    "predict": "PATH... --run --model --interval --samples --format --classes --out --continue --strict --null "
-    "--spreadsheet-safe --devices --json",
+    "predict": "PATH... --run --model --interval --samples --format --classes --out --continue --strict --grid "
+    "--html --null --spreadsheet-safe --devices --json",
     "bench": "[RUN] --devices --batch --samples --seconds --json",
     "compare": "RUN... --json",
     "list": "WHAT [PATTERN] --json",
