@@ -155,8 +155,15 @@ def summarize(log_probabilities_SBK: Tensor, level: float) -> Summary:
         DivergedError: NaN for some image.
     """
     described = describe(log_probabilities_SBK, level)
-    probability_BK = probabilities_on_host(described.mean_BK)
-    return Summary(probability_BK, *map(on_host, described[1:6]), described.widened_BK.cpu().numpy())
+    return Summary(
+        probability_BK=probabilities_on_host(described.mean_BK),
+        lower_BK=on_host(described.lower_BK),
+        upper_BK=on_host(described.upper_BK),
+        entropy_B=on_host(described.entropy_B),
+        expected_entropy_B=on_host(described.expected_entropy_B),
+        mutual_information_B=on_host(described.mutual_information_B),
+        widened_BK=described.widened_BK.cpu().numpy(),
+    )
 
 
 class RawPass(NamedTuple):

@@ -118,8 +118,8 @@ class Posterior(nn.Module, ABC):
     def fixed_draws(self, num_samples: int) -> AbstractContextManager[None]:
         """Return a context in which `predict_draws` of S draws can be traced: it computes what depends on the images.
 
-        What does not, and what no tracer follows (random numbers, Pyro programs, gradients by hand), is made on entry or
-        in the first call and is a constant from then on. The draws are those of `predict_draws` outside of it.
+        What does not, and what no tracer follows (random numbers, Pyro programs, gradients by hand), is made on entry
+        or in the first call and is a constant from then on. The draws are those of `predict_draws` outside of it.
 
         Args:
             num_samples: S.
