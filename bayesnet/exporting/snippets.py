@@ -12,13 +12,13 @@ WIDTH, HEIGHT = {width}, {height}
 
 def read(path):
     """Return uint8 pixels ({channels}, HEIGHT, WIDTH): upright, scaled, cropped in the centre, laid on white."""
-    image = Image.open(path)
-    image.draft(None, ({side}, {side}))  # large JPEG files are decoded at half the size or less
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":
-        raise ValueError("convert it to 8 bits per channel first")
-    transparent = image.has_transparency_data
-    image = image.convert("RGBA" if transparent else "L" if image.mode in ("1", "L") else "RGB")
+    with Image.open(path) as file:
+        file.draft(None, ({side}, {side}))  # large JPEG files are decoded at half the size or less
+        ImageOps.exif_transpose(file, in_place=True)
+        if file.mode[0] in "IF":
+            raise ValueError("convert it to 8 bits per channel first")
+        transparent = file.has_transparency_data
+        image = file.convert("RGBA" if transparent else "L" if file.mode in ("1", "L") else "RGB")
 {scaling}
     if transparent:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
