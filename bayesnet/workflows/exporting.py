@@ -171,7 +171,7 @@ def _write_programs(
         differences[name] = largest_difference(FORMATS[name].load(file), batches, expected)
         if not differences[name] <= MAX_DIFFERENCE:  # also where it is NaN
             what = f"the program differs from predict by {differences[name]:.2g}, more than {MAX_DIFFERENCE:g}"
-            hint = "nothing was written; the draws of its family, or an operator of its network, are not the same there"
+            hint = "a steep calibrator (isotonic) makes rounding that large: calibrate with another one, or report it"
             raise BayesnetError(what, where=f"{FORMATS[name].file}, family {facts['family']}", hint=hint)
     return differences, [len(batch) for batch in batches]
 

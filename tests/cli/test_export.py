@@ -32,5 +32,5 @@ def test_another_place_leaves_the_run_alone(
     assert (code, record["model"], record["interval"]["level"]) == (0, "deterministic", 0.5)
     assert record["out"] == str(workplace / "given")
     assert snapshot(calibrated_run) == before
-    code, out, err = run_cli("predict {card} --run {run}", card=workplace / "given", run=calibrated_run)
+    code, _, _ = run_cli("predict {card} --run {run}", card=workplace / "given", run=calibrated_run)
     assert code == 3, "an export holds no images"

@@ -1,4 +1,4 @@
-"""What the workflow writes: by the card's own code it runs where bayesnet and Pyro are not, and says what `predict` does.
+"""What the workflow writes runs where bayesnet and Pyro are not, by the card's own code, and says what `predict` says.
 
 The other interpreters refuse to import what the programs must not need, so that they would notice a need.
 """
@@ -10,23 +10,27 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+from torch import nn
 
 import bayesnet
-from bayesnet import workflows
+from bayesnet import BayesNetClassifier, workflows
 from bayesnet.errors import BayesnetError, BusyError, CheckpointError, ConfigError
 from bayesnet.exporting import JSON_NAME, OUTPUTS, Program
 from bayesnet.rundir import RunDirectory
 from bayesnet.types import JsonObject
 from bayesnet.workflows import exporting
+from bayesnet.workflows.trained import UserCode
 
 Snapshot = Callable[[Path], dict[str, str]]
 
@@ -150,15 +154,22 @@ def test_what_is_said_and_kept(exported: tuple[Path, JsonObject]) -> None:
     assert json.loads(extra["bayesnet.json"])["classes"] == kept["classes"] == list("0123456789")
 
 
-def test_no_file_says_where_it_was_made(exported: tuple[Path, JsonObject]) -> None:
+@pytest.mark.parametrize("form", ["torch", pytest.param("onnx", marks=pytest.mark.extra)])
+def test_no_file_says_where_it_was_made(exported: tuple[Path, JsonObject], tmp_path: Path, form: str) -> None:
     """Neither the place of the library, nor of the run or its data, nor lines of source code."""
-    import zipfile
-
     run, _ = exported
-    texts = {path.name: path.read_bytes() for path in (run / "export").iterdir()}
-    with zipfile.ZipFile(run / "export" / "model.pt2") as archive:
+    folder = tmp_path / "given"
+    workflows.export(run, format="both" if form == "onnx" else form, out=folder)
+    assert (folder / f"model.{ENDS[form]}").exists()
+    texts = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with zipfile.ZipFile(folder / "model.pt2") as archive:
         texts |= {name: archive.read(name) for name in archive.namelist()}
-    secrets = [str(Path(bayesnet.__file__).parent), str(run.parent), "def forward(self", str(Path.home())]
+    secrets = [
+        str(Path(bayesnet.__file__).parent),
+        str(run.parent),
+        str(Path(torch.__file__).parent),
+        "def forward(self",
+    ]
     assert [(name, text) for name, data in texts.items() for text in secrets if text.encode() in data] == []
 
 
@@ -190,6 +201,7 @@ def test_a_program_that_differs_is_given_to_nobody(
     ) as it:
         workflows.export(noisy_copy, format="torch")
     assert it.value.exit_code == 1
+    assert "a steep calibrator (isotonic) makes rounding that large: calibrate with another one" in str(it.value)
     assert snapshot(noisy_copy) == before
 
 
@@ -218,6 +230,38 @@ def test_without_the_packages_of_onnx(noisy_copy: Path, monkeypatch: pytest.Monk
     assert record["notes"] == [f"no onnx program: {packages} not installed; pip install 'bayesnet[export]'"]
     assert record["files"]["onnx"] is record["max_differences"]["onnx"] is None
     assert "onnxruntime" not in (noisy_copy / "export" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_network_and_a_guide_of_ones_own(tmp_path: Path) -> None:
+    """They are given again, as to `load`; the data from Python too, or random pixels stand for them."""
+    import pyro.distributions as dist
+    from pyro.nn import PyroModule, PyroParam
+
+    class Guide(PyroModule):
+        scale: torch.Tensor
+
+        def __init__(self, head: Any) -> None:  # noqa: ANN401 - bayesnet.model.BayesianHead
+            super().__init__()
+            self.loc = nn.Parameter(torch.zeros_like(head.prior_scale))
+            self.scale = PyroParam(0.2 * head.prior_scale, constraint=dist.constraints.positive)  # type: ignore[assignment]
+
+        def forward(self, features_BD: torch.Tensor, y: torch.Tensor | None = None) -> None:
+            pyro.sample("weight", dist.Normal(self.loc, self.scale).to_event(2))
+
+    generator = torch.Generator().manual_seed(0)
+    x_NCHW, y_N = torch.rand(120, 1, 8, 8, generator=generator), torch.arange(120) % 2
+    x_NCHW[:, :, ::2] += y_N[:, None, None, None]
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    classifier = BayesNetClassifier(backbone=network, guide=Guide, epochs=2, devices="cpu")
+    classifier.fit(x_NCHW.numpy(), y_N.numpy()).save(str(tmp_path / "own"))
+    with pytest.raises(CheckpointError, match="the run's backbone is its author's own module"):
+        workflows.export(tmp_path / "own", format="torch")
+    record = workflows.export(tmp_path / "own", format="torch", user=UserCode(network, Guide))
+    assert (record["family"], record["input"]["dtype"]) == ("guide", "float32")
+    assert record["verified"]["source"] == "random pixels"
+    assert "the run's data were given from Python" in record["notes"][0]
+    assert "np.float32)  # your own pixels" in (tmp_path / "own" / "export" / "README.md").read_text()
 
 
 def test_a_busy_run_and_a_link_out_of_it_are_refused(noisy_copy: Path, tmp_path: Path) -> None:
