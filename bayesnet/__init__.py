@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bayesnet.workflows import calibrate as calibrate
     from bayesnet.workflows import compare as compare
     from bayesnet.workflows import doctor as doctor
+    from bayesnet.workflows import export as export
     from bayesnet.workflows import predict as predict
     from bayesnet.workflows import selftest as selftest
     from bayesnet.workflows import train as train
@@ -33,6 +34,7 @@ _HOMES = {
     "calibrate": "bayesnet.workflows",
     "compare": "bayesnet.workflows",
     "doctor": "bayesnet.workflows",
+    "export": "bayesnet.workflows",
     "load": "bayesnet.estimator",
     "predict": "bayesnet.workflows",
     "selftest": "bayesnet.workflows",

@@ -110,7 +110,19 @@ def interval_kind(num_draws: int, level: float) -> str:
     return "equal-tailed, contains mean"
 
 
-def summarize(log_probabilities_SBK: Tensor, level: float) -> Summary:
+class Description(NamedTuple):
+    """What `Summary` says, as tensors, which a tracer can follow."""
+
+    mean_BK: Tensor
+    lower_BK: Tensor
+    upper_BK: Tensor
+    entropy_B: Tensor
+    expected_entropy_B: Tensor
+    mutual_information_B: Tensor
+    widened_BK: Tensor
+
+
+def describe(log_probabilities_SBK: Tensor, level: float) -> Description:
     """Return mean, interval, entropies and mutual information of each image.
 
     Args:
@@ -119,23 +131,38 @@ def summarize(log_probabilities_SBK: Tensor, level: float) -> Summary:
 
     The interval is the equal-tailed one of the class probability under the posterior (quantiles by linear
     interpolation), widened where needed to contain the mean: with skewed draws a mean often lies outside.
-
-    Raises:
-        DivergedError: NaN for some image.
     """
     num_draws = log_probabilities_SBK.shape[0]
     log_mean_BK, entropy_B, expected_B = decompose(log_probabilities_SBK)
     mean_BK = log_mean_BK.exp()
     tail = 0.0 if interval_kind(num_draws, level).startswith("range") else (1 - level) / 2
     lower_BK, upper_BK = _quantiles(log_probabilities_SBK, (tail, 1 - tail))
+    return Description(
+        mean_BK=mean_BK,
+        lower_BK=torch.minimum(lower_BK, mean_BK),
+        upper_BK=torch.maximum(upper_BK, mean_BK),
+        entropy_B=entropy_B,
+        expected_entropy_B=expected_B,
+        mutual_information_B=entropy_B - expected_B,
+        widened_BK=(mean_BK < lower_BK) | (mean_BK > upper_BK),
+    )
+
+
+def summarize(log_probabilities_SBK: Tensor, level: float) -> Summary:
+    """Return what `describe` does, on the host.
+
+    Raises:
+        DivergedError: NaN for some image.
+    """
+    described = describe(log_probabilities_SBK, level)
     return Summary(
-        probability_BK=probabilities_on_host(mean_BK),
-        lower_BK=on_host(torch.minimum(lower_BK, mean_BK)),
-        upper_BK=on_host(torch.maximum(upper_BK, mean_BK)),
-        entropy_B=on_host(entropy_B),
-        expected_entropy_B=on_host(expected_B),
-        mutual_information_B=on_host(entropy_B - expected_B),
-        widened_BK=((mean_BK < lower_BK) | (mean_BK > upper_BK)).cpu().numpy(),
+        probability_BK=probabilities_on_host(described.mean_BK),
+        lower_BK=on_host(described.lower_BK),
+        upper_BK=on_host(described.upper_BK),
+        entropy_B=on_host(described.entropy_B),
+        expected_entropy_B=on_host(described.expected_entropy_B),
+        mutual_information_B=on_host(described.mutual_information_B),
+        widened_BK=described.widened_BK.cpu().numpy(),
     )
 
 
@@ -284,12 +311,12 @@ class Predictor:
 def _quantiles(log_values_SBK: Tensor, probabilities: Sequence[float]) -> list[Tensor]:
     """Return quantiles over the draws of exp(values), linearly interpolated as NumPy does by default.
 
-    Two draws around each quantile decide it, so on a CPU the rest stays unsorted.
+    Two draws around each quantile decide it, so on a CPU the rest stays unsorted, but for tracers: these know no NumPy.
     """
     last = len(log_values_SBK) - 1
     positions = [probability * last for probability in probabilities]
     ranks = sorted({min(math.floor(position) + step, last) for position in positions for step in (0, 1)})
-    if log_values_SBK.device.type == "cpu":
+    if log_values_SBK.device.type == "cpu" and not torch.compiler.is_exporting():
         rows_BKS = np.partition(_rows(log_values_SBK, 0).numpy(), ranks, axis=-1)
         chosen = {rank: torch.from_numpy(rows_BKS[..., rank]).exp() for rank in ranks}
     else:

@@ -123,6 +123,15 @@ class RunDirectory:
         """
         return self._inside("plots")
 
+    @property
+    def export(self) -> Path:
+        """Where `export` writes unless it is told another place.
+
+        Raises:
+            CheckpointError: A link leads out of the run directory.
+        """
+        return self._inside("export")
+
     def write_json(self, name: str, record: JsonObject) -> None:
         """Write one of the run's JSON files atomically, NaN and infinity as null.
 

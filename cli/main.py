@@ -18,6 +18,7 @@ from .calibrate import calibrate
 from .check_data import check_data
 from .compare import compare
 from .doctor import doctor
+from .export import export
 from .list import list_command
 from .predict import predict
 from .selftest import selftest
@@ -38,7 +39,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (train, calibrate, predict, bench, compare, list_command, check_data, doctor, selftest):
+for command in (train, calibrate, predict, bench, compare, export, list_command, check_data, doctor, selftest):
     cli.add_command(command)
 
 

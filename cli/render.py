@@ -155,6 +155,23 @@ def _print_groups(groups: Sequence[JsonObject]) -> None:
         table(title, ["model", "seeds", *METRICS.values()], rows)
 
 
+def print_export(record: JsonObject) -> None:
+    """Print the files, what they take and give, and how far they are from `predict`."""
+    for note in record["notes"]:
+        say(note)
+    found = {name: f"{value:.1e}" for name, value in record["max_differences"].items() if value is not None}
+    rows = [[name, printable(record["files"][name]), difference] for name, difference in found.items()]
+    table(None, ["program", "file", "largest difference to predict"], rows, texts=("file",))
+    entry, verified = record["input"], record["verified"]
+    state = "calibrated" if record["calibrated"] else "not calibrated: run `bayesnet calibrate`"
+    say(f"{record['model']} model ({record['family']}) of {record['run']}, {state}")
+    say(f"input {entry['name']}: {entry['dtype']} pixels ({', '.join(map(str, entry['shape']))}), N from 1 up")
+    say(f"outputs: {', '.join(record['outputs'])}; {_interval_sentence(record['interval'])}")
+    sizes = ", ".join(map(str, verified["batch_sizes"]))
+    say(f"compared on {verified['num_images']} images ({verified['source']}), in batches of {sizes}")
+    say(f"model card: {record['out']}/README.md; an exported program is a program: run those of people you trust")
+
+
 def print_doctor(record: JsonObject) -> None:
     """Print versions, devices and checks."""
     table(None, ["package", "version"], list(map(list, record["versions"].items())))

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bayesnet.fitted_classifier",),
     ("bayesnet.workflows",),
     ("bayesnet.battery",),
-    ("bayesnet.settings", "bayesnet.report", "bayesnet.benchmark", "bayesnet.testing"),
+    ("bayesnet.settings", "bayesnet.report", "bayesnet.benchmark", "bayesnet.exporting", "bayesnet.testing"),
     ("bayesnet.training",),
     ("bayesnet.batches", "bayesnet.profiling"),
     ("bayesnet.progress", "bayesnet.predictive", "bayesnet.ood"),
@@ -59,6 +59,9 @@ DOORS: dict[str, tuple[str, ...]] = {
     "torchvision": ("bayesnet.backbones",),
     "timm": ("bayesnet.backbones",),
     "huggingface_hub": ("bayesnet.backbones",),
+    "onnx": ("bayesnet.exporting",),
+    "onnxruntime": ("bayesnet.exporting",),
+    "onnxscript": ("bayesnet.exporting",),
     "torch.optim": (
         "bayesnet.optim",
         "bayesnet.engine",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -113,6 +114,17 @@ class Posterior(nn.Module, ABC):
     def draws_and_features(self, x_BCHW: Tensor, num_samples: int) -> tuple[Tensor, Tensor | None]:
         """Return what `predict_draws` returns, and the features (B, D) that all draws share, or None."""
         return self.predict_draws(x_BCHW, num_samples), None
+
+    def fixed_draws(self, num_samples: int) -> AbstractContextManager[None]:
+        """Return a context in which `predict_draws` of S draws can be traced: it computes what depends on the images.
+
+        What does not, and what no tracer follows (random numbers, Pyro programs, gradients by hand), is made on entry
+        or in the first call and is a constant from then on. The draws are those of `predict_draws` outside of it.
+
+        Args:
+            num_samples: S.
+        """
+        return nullcontext()
 
     def members(self) -> tuple[Posterior, ...]:
         """Return the posteriors that are trained one after the other: itself, but for ensembles."""

@@ -11,10 +11,11 @@ on all of a long row of free Cholesky entries would multiply its sd. With C = I 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -164,10 +165,15 @@ class WeightGuide(PyroModule):
         # The means start where the twin's layer does, so that both see the same first features for the same seed.
         layer = nn.Linear(num_columns - 1, num_classes)
         self.loc = nn.Parameter(torch.cat([layer.weight.data, layer.bias.data[:, None]], 1))
+        self.constant: GaussianWeight | None = None
 
     def distribution(self) -> GaussianWeight:
         """Return q(w), event shape (K, D + 1)."""
         raise NotImplementedError
+
+    def weight(self) -> GaussianWeight:
+        """Return q(w) as predictions use it: that of `GaussianWeightPosterior.fixed_draws` while it is open."""
+        return self.constant or self.distribution()
 
     def forward(self, features_BD: Tensor, y_B: Tensor | None = None) -> Tensor:
         """Run the guide as a Pyro program; return the sampled weight (K, D + 1)."""
@@ -176,7 +182,7 @@ class WeightGuide(PyroModule):
 
     def logit_moments(self, features_BD: Tensor) -> LogitGaussian:
         """Return the exact Gaussian of each image's logits."""
-        return self.distribution().logit_moments(features_BD)
+        return self.weight().logit_moments(features_BD)
 
     def sample(self, num_samples: int) -> Tensor:
         """Return joint draws (S, K, D + 1) from torch's random state."""
@@ -236,6 +242,16 @@ class GaussianWeightPosterior(GaussianHeadPosterior):
     def kl(self, weight: GaussianWeight) -> Tensor:
         """Return the divergence of q(w) from the prior in closed form, nats."""
         return kl_divergence(weight, self.model.head.prior())
+
+    @contextlib.contextmanager
+    def fixed_draws(self, num_samples: int) -> Iterator[None]:
+        """Make q(w) once: its factors have gradients by hand, and the same value for all images."""
+        with torch.no_grad():
+            self.guide.constant = self.guide.distribution()
+        try:
+            yield
+        finally:
+            self.guide.constant = None
 
     def variational_parameters(self) -> Sequence[nn.Parameter]:
         """Return the guide's parameters."""

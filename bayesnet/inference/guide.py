@@ -102,6 +102,7 @@ class GuidePosterior(HeadPosterior):
         self._table_seed = parts.table_seed
         self._cache: tuple[object, Tensor] | None = None
         self._may_cache = False
+        self._constant_SKD: Tensor | None = None
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             features_BD, y_B = torch.zeros(1, head.num_features), torch.zeros(1, dtype=torch.int64)
             self._kl_is_exact = trace_elbo(head, self.guide, features_BD, y_B).kl_is_exact
@@ -140,9 +141,18 @@ class GuidePosterior(HeadPosterior):
         """
         valid = 1 <= num_samples <= TABLE_SIZE and num_samples & (num_samples - 1) == 0
         require(valid, f"draws must be a power of two from 1 to {TABLE_SIZE}", where=f"samples = {num_samples}")
-        weight_SKD = self._fixed_weights(num_samples)
+        weight_SKD = self._fixed_weights(num_samples) if self._constant_SKD is None else self._constant_SKD
         logits_SBK = torch.einsum("bd,skd->sbk", features_BD, weight_SKD[..., :-1])
         return logits_SBK + weight_SKD[:, None, :, -1]
+
+    @contextlib.contextmanager
+    def fixed_draws(self, num_samples: int) -> Iterator[None]:
+        """Draw the weights once: the guide is a Pyro program."""
+        self._constant_SKD = self._fixed_weights(num_samples)
+        try:
+            yield
+        finally:
+            self._constant_SKD = None
 
     def variational_parameters(self) -> Sequence[nn.Parameter]:
         """Return all parameters of the guide."""

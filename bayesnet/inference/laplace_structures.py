@@ -238,8 +238,10 @@ class Full(Covariance):
         covariance_BKK = exact_BKM @ exact_BKM.mT
         diagonal_BK = covariance_BKK.diagonal(dim1=1, dim2=2)
         rounding = 10 * self.num_classes * torch.finfo(covariance_BKK.dtype).eps
-        diagonal_BK.add_(rounding * diagonal_BK.mean(1, keepdim=True))
-        factor_BKK = torch.linalg.cholesky_ex(covariance_BKK).L.to(projected_BKM.dtype)
+        raised_BKK = covariance_BKK + torch.diag_embed(
+            rounding * diagonal_BK.mean(1, keepdim=True).expand_as(diagonal_BK)
+        )
+        factor_BKK = torch.linalg.cholesky_ex(raised_BKK).L.to(projected_BKM.dtype)
         return torch.zeros_like(factor_BKK[..., 0]), factor_BKK
 
     def sample(self, num_samples: int) -> Tensor:

@@ -154,7 +154,7 @@ class MatrixNormal(GaussianWeightPosterior):
         Raises:
             ConfigError: ``num_samples`` is not such a number.
         """
-        weight = self.guide.distribution()
+        weight = self.guide.weight()
         mean_BK, spread_B = weight.mean_and_spread(features_BD)
         table_SE = table_prefix(self.get_buffer("table_SE"), num_samples)
         mixed_SK = table_SE[:, self.num_classes :] @ weight.class_factor.T

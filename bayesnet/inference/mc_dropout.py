@@ -20,7 +20,8 @@ Reference: Gal and Ghahramani 2016, "Dropout as a Bayesian approximation", arXiv
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -149,6 +150,7 @@ class NetworkDropout(Posterior):
         self.max_draws = config.max_draws
         self.layers = _dropout_layers(self.backbone)
         self._first_seed = SEEDS_PER_TABLE * parts.table_seed
+        self._constants: list[_Masks] | None = None
 
     def loss(self, x_BCHW: Tensor, y: Tensor) -> Loss:
         """Return the mean cross-entropy, nats; the KL is 0, weight decay is the prior."""
@@ -156,24 +158,59 @@ class NetworkDropout(Posterior):
 
     def logits(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
         """Return joint draws of the logits (S, B, K), one pass each, their seed from torch's random state."""
-        return self._passes(x_BCHW, num_samples, int(torch.randint(2**62, ())))
+        return self._passes(x_BCHW, self._masks(num_samples, int(torch.randint(2**62, ()))))
 
     def predict_draws(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
         """Return draws of the logits (S, B, K), one pass each, the same in every call."""
-        return self._passes(x_BCHW, num_samples, self._first_seed)
+        return self._passes(x_BCHW, self._constants or self._masks(num_samples, self._first_seed))
 
-    def _passes(self, x_BCHW: Tensor, num_samples: int, first_seed: int) -> Tensor:
-        """Return logits (S, B, K) of at most ``max_draws`` passes."""
+    def _masks(self, num_samples: int, first_seed: int) -> list[_Masks]:
+        """Return the masks of at most ``max_draws`` passes."""
         assert self.max_draws is not None
+        return [_Masks(seed) for seed in range(first_seed, first_seed + min(num_samples, self.max_draws))]
+
+    def _passes(self, x_BCHW: Tensor, masks: Sequence[_Masks]) -> Tensor:
+        """Return logits (S, B, K), one pass for each set of masks."""
         draws = []
-        for seed in range(first_seed, first_seed + min(num_samples, self.max_draws)):
-            # The masks come from the CPU, so that they are the same on every device.
-            generator = torch.Generator().manual_seed(seed)
-            with _shared_masks(self.layers, generator):
+        for each in masks:
+            keep = each.begin()
+            with _shared_masks(self.layers, keep):
                 features_BD = self.backbone(x_BCHW)
-            keep_SD = torch.rand(1, features_BD.shape[1], generator=generator) >= self.head.rate
+            keep_SD = keep((1, features_BD.shape[1]), self.head.rate)
             draws.append(self.head.masked(features_BD, keep_SD.to(features_BD.device)))
         return torch.cat(draws)
+
+    @contextlib.contextmanager
+    def fixed_draws(self, num_samples: int) -> Iterator[None]:
+        """Keep the masks that the first call draws: their shapes are those of the images."""
+        self._constants = self._masks(num_samples, self._first_seed)
+        try:
+            yield
+        finally:
+            self._constants = None
+
+
+class _Masks:
+    """The masks of one pass, in the order in which the layers ask for them; asked again, the same.
+
+    Args:
+        seed: They come from a generator of the CPU, so that they are the same on every device.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._drawn: list[Tensor] = []
+
+    def begin(self) -> Callable[[tuple[int, ...], float], Tensor]:
+        """Return a function from a shape and a rate to the next mask, true where a unit stays."""
+        place = itertools.count()
+
+        def keep(shape: tuple[int, ...], rate: float) -> Tensor:
+            if (index := next(place)) == len(self._drawn):
+                self._drawn.append(torch.rand(shape, generator=self._generator) >= rate)
+            return self._drawn[index]
+
+        return keep
 
 
 def keep_table(num_draws: int, num_features: int, rate: float, *, seed: int) -> Tensor:
@@ -194,15 +231,14 @@ def keep_table(num_draws: int, num_features: int, rate: float, *, seed: int) -> 
 
 
 @contextlib.contextmanager
-def _shared_masks(layers: Sequence[_DropoutNd], generator: torch.Generator) -> Iterator[None]:
+def _shared_masks(layers: Sequence[_DropoutNd], keep: Callable[[tuple[int, ...], float], Tensor]) -> Iterator[None]:
     """Make the layers drop units although they are in evaluation mode, the same ones of every image."""
 
     def drop(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert isinstance(layer, _DropoutNd)
         dims = output.dim()
         shape = (1, *output.shape[1:]) if isinstance(layer, ELEMENTWISE) else (1, output.shape[1], *[1] * (dims - 2))
-        keep = (torch.rand(shape, generator=generator) >= layer.p) / (1 - layer.p)
-        return output * keep.to(output)
+        return output * (keep(shape, layer.p) / (1 - layer.p)).to(output)
 
     handles = [layer.register_forward_hook(drop) for layer in layers]
     try:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +43,8 @@ from bayesnet.types import Loss
 MAX_DRAWS = 256
 TENSORS_PER_WEIGHT = 6
 """What a checkpoint of training holds of each weight: mean and log scale, and Adam's two moments of both."""
+
+_Network = list[dict[str, Tensor]]  # weight and bias of each Gaussian layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,7 @@ class MeanFieldAll(Posterior):
         self.table_seed = parts.table_seed
         self.max_draws = config.max_draws
         self.estimator = config.estimator
+        self._constants: list[_Network] | None = None
 
     @property
     def layers(self) -> list[GaussianLayer]:
@@ -123,10 +126,19 @@ class MeanFieldAll(Posterior):
     @contextlib.contextmanager
     def drawn(self, generator: torch.Generator | None = None) -> Iterator[None]:
         """Use one joint draw of all weights, from torch's random state or a generator of the parameters' device."""
+        with self._using(self._draw(generator)):
+            yield
+
+    def _draw(self, generator: torch.Generator | None) -> _Network:
+        return [layer.draw(generator) for layer in self.layers]
+
+    @contextlib.contextmanager
+    def _using(self, network: _Network) -> Iterator[None]:
+        """Use these weights of the layers."""
         layers = self.layers
         try:
-            for layer in layers:
-                layer.in_use = layer.draw(generator)
+            for layer, values in zip(layers, network, strict=True):
+                layer.in_use = values
             yield
         finally:
             for layer in layers:
@@ -134,22 +146,37 @@ class MeanFieldAll(Posterior):
 
     def logits(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
         """Return joint draws of the logits (S, B, K), a pass for each; S is at most ``max_draws``."""
-        return self._passes(x_BCHW, [None] * min(num_samples, self.max_draws or num_samples))
+        num_draws = min(num_samples, self.max_draws or num_samples)
+        return self._passes(x_BCHW, (self._draw(None) for _ in range(num_draws)))
 
     def predict_draws(self, x_BCHW: Tensor, num_samples: int) -> Tensor:
         """Return draws of the logits (S, B, K), each of one network that is the same in every call."""
+        return self._passes(x_BCHW, self._constants or self._fixed_networks(num_samples))
+
+    def _fixed_networks(self, num_samples: int) -> Iterator[_Network]:
+        """Yield the networks that predictions draw."""
         num_draws = min(num_samples, self.max_draws or num_samples)
         device = self.head.get_parameter("weight_mean").device
         # A CPU's generator looks at the low 32 bits of a seed alone.
         seeds = [MAX_DRAWS * self.table_seed + draw for draw in range(num_draws)]
-        return self._passes(x_BCHW, [torch.Generator(device).manual_seed(seed) for seed in seeds])
+        return (self._draw(torch.Generator(device).manual_seed(seed)) for seed in seeds)
 
-    def _passes(self, x_BCHW: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
+    def _passes(self, x_BCHW: Tensor, networks: Iterable[_Network]) -> Tensor:
         logits = []
-        for generator in generators:
-            with self.drawn(generator):
+        for network in networks:
+            with self._using(network):
                 logits.append(self.network(x_BCHW))
         return torch.stack(logits)
+
+    @contextlib.contextmanager
+    def fixed_draws(self, num_samples: int) -> Iterator[None]:
+        """Draw the networks once: that is S copies of all weights."""
+        with torch.no_grad():
+            self._constants = list(self._fixed_networks(num_samples))
+        try:
+            yield
+        finally:
+            self._constants = None
 
     def variational_parameters(self) -> Sequence[nn.Parameter]:
         """Return the Gaussian layers' parameters."""

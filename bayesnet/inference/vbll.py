@@ -95,7 +95,7 @@ class DenseGuide(PyroModule):
 
     def logit_moments(self, features_BD: Tensor) -> LogitGaussian:
         """Return mean and standard deviation (B, K) of the logits; the factor has rank 0."""
-        augmented_BD = torch.cat([features_BD, features_BD.new_ones(len(features_BD), 1)], 1)
+        augmented_BD = nn.functional.pad(features_BD, (0, 1), value=1.0)
         mean_BK = product(augmented_BD, self.loc.T)
         scale_BK = torch.linalg.vector_norm(augmented_BD @ self.cholesky(), dim=-1).T
         return LogitGaussian(mean_BK, scale_BK, mean_BK.new_empty((*mean_BK.shape, 0)))

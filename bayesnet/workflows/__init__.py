@@ -7,6 +7,7 @@ from bayesnet.workflows.calibrating import calibrate
 from bayesnet.workflows.checking import check_data
 from bayesnet.workflows.comparing import compare
 from bayesnet.workflows.environment import doctor
+from bayesnet.workflows.exporting import export
 from bayesnet.workflows.fitting import TrainListener
 from bayesnet.workflows.listing import list_backbones, list_datasets, list_families
 from bayesnet.workflows.predicting import ImageClassifier, check_any_read, predict, predict_images
@@ -28,6 +29,7 @@ __all__ = [
     "compare",
     "continue_predictions",
     "doctor",
+    "export",
     "list_backbones",
     "list_datasets",
     "list_families",

@@ -22,7 +22,7 @@ from bayesnet.predictive import interval_kind, summarize
 from bayesnet.rundir import find_run
 from bayesnet.types import JsonObject, Summary
 from bayesnet.workflows.calibrated import load_calibrated
-from bayesnet.workflows.trained import read_finished, trained_names
+from bayesnet.workflows.trained import NO_USER_CODE, UserCode, read_finished, trained_names
 
 SHOWN = ("all", "top5")
 TOP = 5
@@ -37,6 +37,7 @@ class ImageClassifier:
         level: Mass of the intervals, such as 0.9.
         samples: S, draws per image, a power of two up to 256; None takes the run's own.
         devices: "auto", "cpu", "cuda:0".
+        user: The code that the run was trained with where that was the caller's own.
 
     Raises:
         BayesnetError: A missing or damaged run, a device that does not exist, a level or S out of range.
@@ -50,6 +51,7 @@ class ImageClassifier:
         level: float = 0.9,
         samples: int | None = None,
         devices: str = "auto",
+        user: UserCode = NO_USER_CODE,
     ) -> None:
         require(0 < level < 1, "must lie between 0 and 1", where=f"interval = {level}")
         valid = samples is None or (1 <= samples <= TABLE_SIZE and samples.bit_count() == 1)
@@ -59,7 +61,8 @@ class ImageClassifier:
         require(
             model is None or model in names, f"the run has no such model, it has {', '.join(names)}", where=f"{model}"
         )
-        trained, calibrator, self.threshold, self.abstention = load_calibrated(directory, model or names[-1])
+        trained, calibrator, self.threshold, self.abstention = load_calibrated(directory, model or names[-1], user)
+        self.trained = trained
         self.run, self.model, self.level, self.classes = directory.path, trained.name, level, trained.classes
         self.predictor = trained.predictor(Engine.for_one(devices), calibrator=calibrator, num_samples=samples)
         self.calibrated = calibrator is not None

@@ -29,6 +29,7 @@ SURFACE = {
     "--html --null --spreadsheet-safe --devices --json",
     "bench": "[RUN] --devices --batch --samples --seconds --json",
     "compare": "RUN... --json",
+    "export": "[RUN] --model --format --interval --samples --out --json",
     "list": "WHAT [PATTERN] --json",
     "check-data": "PATH --max-pixels --json",
     "doctor": "--json",
@@ -98,6 +99,10 @@ JSON_KEYS = {
         source environment{ ENVIRONMENT } control{ ratio ci95 rows{ device phase ratio ci95 } }
         rows{ device phase model family batch samples images_per_second ms_median ms_p95 ci95 peak_memory_bytes
             ratio_to_deterministic ratio_ci95 }""",
+    "export": """
+        run out model family calibrated files{ torch onnx } input{ name shape dtype }
+        outputs{ mean lower upper entropy mutual_information } interval{ level kind samples }
+        max_difference max_differences{ torch onnx } verified{ num_images source batch_sizes } notes""",
     "list": """
         rows{ name description num_features parameters input_size accuracy }
         collections{ name description num_names }""",

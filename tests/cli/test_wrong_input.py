@@ -75,6 +75,11 @@ CONFIGURATION = [
     ("calibrate {run} --ood {run}/config.toml", 3, "cannot read the image ("),
     ("calibrate {run} --corrupt -3", 2, "must not be negative (num_corrupted = -3)"),
     ("calibrate {run} --alpha 1.5", 2, "must lie between 0 and 1 (alpha = 1.5)"),
+    ("export {run} --format tflite", 2, "Invalid value for '--format': 'tflite' is not one of"),
+    ("export {run} --model bayes", 2, "no such model, it has deterministic, bayesian (bayes)"),
+    ("export {run} --interval 1", 2, "must lie between 0 and 1 (interval = 1.0)"),
+    ("export {run} --samples 100", 2, "must be a power of two from 1 to 256 (samples = 100)"),
+    ("export {run} --out {photos}", 2, "output directory is not empty ({photos}): choose another --out: only an "),
     ("bench {run} --batch 1", 2, "must be from 2 to 65536 (batch = 1)"),
     ("bench {run} --seconds 0", 2, "must be from 0.1 to 3600 (seconds = 0.0)"),
 ]
@@ -86,6 +91,9 @@ DATA = [
 NO_RUN = [
     ("predict {photos} --run absent", 4, "run directory does not exist (absent): make one with `bayesnet train`"),
     ("calibrate absent", 4, "run directory does not exist (absent): make one with `bayesnet train`"),
+    ("export absent", 4, "run directory does not exist (absent): make one with `bayesnet train`"),
+    ("export {photos}", 4, "not a run directory, it has no config.toml ({photos}): make one with"),
+    ("export", 4, "there is no finished run (runs): make one with `bayesnet train`"),
     ("bench absent", 4, "run directory does not exist (absent): make one with `bayesnet train`"),
     ("compare absent", 4, "run directory does not exist (absent): make one with `bayesnet train`"),
     ("compare {run} absent", 4, "run directory does not exist (absent): make one with `bayesnet train`"),
