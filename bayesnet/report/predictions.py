@@ -26,8 +26,8 @@ def predictions_page(record: JsonObject, thumbnails: Mapping[int, bytes], *, tit
         f"Probabilities of the {text(record['model'])} model of {text(record['run'])}, {state}. The "
         f"{100 * spread['level']:.6g} % interval ({text(spread['kind'])}, {spread['samples']:d} draws, widened for "
         f"{percent(spread['widened'])} of the labels) holds the class probability under the posterior; it is no "
-        "promise about the label. Entropy is the uncertainty in all, mutual information the part that more training data "
-        "could remove; in nats."
+        "promise about the label. Entropy is the uncertainty in all, mutual information what more training data "
+        "could remove of it; in nats."
     )
     head = ("image", "", *_HEAD)
     cells = [_row(row, thumbnails.get(index), spread["samples"]) for index, row in enumerate(rows)]
