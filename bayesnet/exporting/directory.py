@@ -26,11 +26,12 @@ def claim(out: Path) -> Path:
     """
     with storage.storage_errors("cannot look at the output directory", out):
         path = out.resolve()
-        if path.exists() and not (path.is_dir() and (_is_empty(path) or _is_export(path))):
+        for each in (path, path.parent):
+            if each.exists() and not each.is_dir():
+                raise ConfigError("not a directory", where=each, hint="choose another --out")
+        if path.exists() and not (_is_empty(path) or _is_export(path)):
             hint = "choose another --out: only an earlier export is replaced"
             raise ConfigError("output directory is not empty", where=out, hint=hint)
-        if path.parent.exists() and not path.parent.is_dir():
-            raise ConfigError("not a directory", where=path.parent, hint="choose another --out")
     return path
 
 

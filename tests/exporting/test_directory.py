@@ -65,10 +65,9 @@ def test_files_of_the_right_names_alone_are_no_export(tmp_path: Path) -> None:
 
 def test_a_file_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="output directory is not empty"):
-        claim(tmp_path / "file")
-    with pytest.raises(ConfigError, match=r"not a directory \(.*file\)"):
-        claim(tmp_path / "file" / "out")
+    for place in ("file", "file/out"):
+        with pytest.raises(ConfigError, match=r"not a directory \(.*file\): choose another --out"):
+            claim(tmp_path / place)
 
 
 @pytest.mark.parametrize("error", [ValueError("bug"), KeyboardInterrupt(), OSError(28, "No space left on device")])
