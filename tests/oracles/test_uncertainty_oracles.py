@@ -1,8 +1,8 @@
 """Calibration and selective metrics against netcal and torch-uncertainty (extra `oracles`) on generated cases.
 
 Both bin as we do for three classes and more. netcal reads two classes as one probability, and its ACE averages classes,
-not examples: neither is compared. torch-uncertainty computes in float32, hence 1e-5; its AURC is the trapezoid rule over
-the coverages that we average over, so that the first and the last risk count half.
+not examples: neither is compared. torch-uncertainty computes in float32, hence 1e-5; its AURC is the trapezoid rule
+over the coverages that we average over, so that the first and the last risk count half.
 """
 
 from __future__ import annotations
