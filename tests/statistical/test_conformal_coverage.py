@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import betabinom, chi2
 
-from bayesnet.calibration import CALIBRATORS, CONFORMAL, prediction_sets
+from bayesnet.calibration import CALIBRATORS, CONFORMAL, ConformalThreshold, prediction_sets
 from bayesnet.calibration.conformal import base, rank
 from bayesnet.calibration.conformal.class_conditional import ClassConditionalThreshold
 
@@ -67,33 +67,40 @@ class Coverage(NamedTuple):
 
 def measure(name: str, splits: list[Split]) -> Coverage:
     """Return how the coverage of a method's sets compares with its law, class by class where it covers classes."""
+    outcomes = []
+    for split in splits:
+        threshold = CONFORMAL[name].fit(split.fit[0], split.fit[1], ALPHA, split.fit[2])
+        p_NK, labels_N, u_N = split.test
+        outcomes.append((threshold, prediction_sets(p_NK, threshold, u_N), labels_N))
+    return compare(outcomes)
+
+
+def compare(outcomes: Sequence[tuple[ConformalThreshold, NDArray[np.bool_], Labels]]) -> Coverage:
+    """Return how coverage compares with its law, from the threshold, sets (N, K) and labels of each split."""
     rows: list[tuple[int, int, int, int]] = []  # of each group: split, covered, test and calibration images
     shares, sizes = [], []
-    for index, split in enumerate(splits):
-        p_NK, labels_N, u_N = split.fit
-        threshold = CONFORMAL[name].fit(p_NK, labels_N, ALPHA, u_N)
-        p_NK, labels_N, u_N = split.test
-        sets_NK = prediction_sets(p_NK, threshold, u_N)
-        covered_N = sets_NK[np.arange(N), labels_N]
+    for index, (threshold, sets_NK, labels_N) in enumerate(outcomes):
+        covered_N = sets_NK[np.arange(len(labels_N)), labels_N]
         if isinstance(threshold, ClassConditionalThreshold):
             for label, count in enumerate(threshold.class_counts):
                 rows.append((index, int(covered_N[labels_N == label].sum()), int((labels_N == label).sum()), count))
         else:
-            rows.append((index, int(covered_N.sum()), N, len(split.fit[1])))
+            rows.append((index, int(covered_N.sum()), len(labels_N), threshold.num_calibration))
         shares.append(covered_N.mean())
         sizes.append(sets_NK.sum(1).mean())
+    num_test = len(outcomes[0][2])
     split_G, covered_G, m_G, n_G = np.array(rows).T
     a_G = np.array([rank(int(n), ALPHA) for n in n_G])
     b_G = n_G + 1 - a_G
-    expected_R = np.bincount(split_G, m_G * a_G / (n_G + 1) / N)
-    variance_R = np.bincount(split_G, betabinom.var(m_G, a_G, b_G) / N**2)
+    expected_R = np.bincount(split_G, m_G * a_G / (n_G + 1) / num_test)
+    variance_R = np.bincount(split_G, betabinom.var(m_G, a_G, b_G) / num_test**2)
     below_G, through_G = betabinom.cdf([covered_G - 1, covered_G], m_G, a_G, b_G)
     transform_G = below_G + np.random.default_rng(0).random(len(rows)) * (through_G - below_G)
     counts = np.histogram(transform_G, 10, (0.0, 1.0))[0]
     mean_count = len(rows) / 10
     return Coverage(
         float(np.mean(np.array(shares) - expected_R)),
-        Z_BOUND * math.sqrt(float(variance_R.mean()) / len(splits)),
+        Z_BOUND * math.sqrt(float(variance_R.mean()) / len(outcomes)),
         float(((counts - mean_count) ** 2).sum() / mean_count),
         float(np.mean(sizes)),
     )
