@@ -98,16 +98,14 @@ class FeatureDensity:
         means_KD = np.stack([x_ND[index_N == k].mean(0) for k in range(len(labels))])
         residuals_ND = x_ND - means_KD[index_N]
         shared_DD = shrunk_covariance(residuals_ND)
-        covariances = shared_DD[None]
-        if len(labels) * num_features**2 <= max_covariance_numbers:
-            weight = num_features + 2
-            covariances = np.stack(
-                [
-                    (own_ND.T @ own_ND + weight * shared_DD) / (len(own_ND) + weight)
-                    for own_ND in (residuals_ND[index_N == k] for k in range(len(labels)))
-                ]
-            )
-        factors = np.linalg.cholesky(covariances).astype(np.float64, copy=False)
+        if len(labels) * num_features**2 > max_covariance_numbers:
+            factors = np.linalg.cholesky(shared_DD)[None].astype(np.float64, copy=False)
+            return cls(means_KD, factors, np.log(counts_K / num))
+        weight = num_features + 2
+        factors = np.empty((len(labels), num_features, num_features))  # class by class: all is held once
+        for k in range(len(labels)):
+            own_ND = residuals_ND[index_N == k]
+            factors[k] = np.linalg.cholesky((own_ND.T @ own_ND + weight * shared_DD) / (len(own_ND) + weight))
         return cls(means_KD, factors, np.log(counts_K / num))
 
     def log_density(self, features_ND: NDArray[np.floating]) -> Floats:
