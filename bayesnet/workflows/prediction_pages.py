@@ -18,7 +18,7 @@ from bayesnet.workflows.predicting import ImageClassifier
 
 
 def check_new(out: Path, suffix: str) -> None:
-    """Raise ConfigError unless a file to write ends as it should and does not exist.
+    """Raise ConfigError unless a file to write ends as it should, does not exist, and has a folder to be in.
 
     Args:
         out: The file.
@@ -26,6 +26,7 @@ def check_new(out: Path, suffix: str) -> None:
     """
     require(out.suffix.lower() == suffix, f"must end in {suffix}", where=str(out))
     require(not os.path.lexists(out), "the file exists", where=str(out), hint="choose another name")
+    require(out.absolute().parent.is_dir(), "its folder does not exist", where=str(out), hint="make it first")
 
 
 def write_grid(record: JsonObject, classifier: ImageClassifier, out: Path) -> int:

@@ -113,6 +113,9 @@ def test_what_is_refused(record: JsonObject, classifier: ImageClassifier, tmp_pa
         check_new(tmp_path / "there.png", ".png")
     with pytest.raises(ConfigError, match=r"must end in \.html \(page.txt\)"):
         check_new(Path("page.txt"), ".html")
+    with pytest.raises(ConfigError, match=r"its folder does not exist \(.*no/grid.png\): make it first"):
+        check_new(tmp_path / "no" / "grid.png", ".png")
+    check_new(Path("grid.png"), ".png")
     for row in record["predictions"]:
         row["path"] = str(tmp_path / "gone.png")
     with pytest.raises(DataError, match="no image to draw can be read any more"):
